@@ -1,0 +1,244 @@
+"""The artifact file: named tensors and a JSON header in one checksummed file.
+
+Layout, little-endian:
+
+    "ACZ1"  magic
+    u32     length of the packed header, u32 its CRC-32
+    bytes   the header: JSON, UTF-8, deflated
+    bytes   one stream after the other, as the header's "tensors" lists them
+
+Each entry of "tensors" is [name, kind, dtype, shape, length, CRC-32]. Kinds: "raw" (the tensor's
+bytes, planes of equal significance together, deflated where that is smaller), "sparse" (mask
+stream and the values under it), "coded" (table, then a symbol stream, see `entropy`) and "grid"
+(the same with an evenly spaced table given as scale and lowest level).
+Nothing in a file is executed, and every length is checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.codec import entropy
+from autocompress.errors import ArtifactError
+
+MAGIC = b"ACZ1"
+_FRONT = struct.Struct("<4sII")
+_MAX_HEADER = 64 * 1024 * 1024
+MAX_ELEMENTS = 1 << 32
+"""Elements of all tensors together that a file may ask for, unless the reader allows more."""
+
+_DTYPES = {
+    **{name: name for name in ("float64", "float32", "float16", "complex64", "complex128", "bool")},
+    **{name: name for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")},
+    "bfloat16": "uint16",
+}
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor carried exactly. bfloat16 has no numpy type: `array` then holds its bits as uint16."""
+
+    array: NDArray[Any]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(self.array.shape)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A tensor of few values: `symbols` (uint16, the tensor's shape) into `table` (float32, one axis).
+
+    `grid`, where given, is (scale, lowest level): table[i] = scale * (lowest + i) in float32.
+    """
+
+    symbols: NDArray[np.uint16]
+    table: NDArray[np.float32]
+    dtype: str = "float32"
+    grid: tuple[float, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return tuple(self.symbols.shape)
+
+    def values(self) -> NDArray[np.float32]:
+        """The tensor in float32."""
+        result: NDArray[np.float32] = self.table[self.symbols]
+        return result
+
+
+def grid_table(scale: float, lowest: int, size: int) -> NDArray[np.float32]:
+    """The table of an evenly spaced grid: float32(scale) * (lowest + i), i < size."""
+    levels = np.arange(lowest, lowest + size, dtype=np.float32)
+    table: NDArray[np.float32] = np.float32(scale) * levels
+    return table
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Tensors by name, in file order, and the header's other entries."""
+
+    tensors: Mapping[str, Raw | Coded]
+    header: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pack(artifact: Artifact) -> bytes:
+    """The bytes of the file. `unpack` gives back an equal artifact."""
+    entries, streams = [], []
+    for name, tensor in artifact.tensors.items():
+        kind, stream = _encode(tensor)
+        streams.append(stream)
+        entries.append([name, kind, tensor.dtype, list(tensor.shape), len(stream), zlib.crc32(stream)])
+    header = json.dumps({**artifact.header, "tensors": entries}, separators=(",", ":"), ensure_ascii=False)
+    packed = zlib.compress(header.encode(), 9)
+    return b"".join([_FRONT.pack(MAGIC, len(packed), zlib.crc32(packed)), packed, *streams])
+
+
+def read_header(data: bytes) -> dict[str, Any]:
+    """The JSON header alone, "tensors" included, without decoding any tensor. Raises ArtifactError."""
+    if len(data) < _FRONT.size or data[:4] != MAGIC:
+        raise ArtifactError(f"not an autocompress artifact: it starts with {bytes(data[:4])!r}, not {MAGIC!r}")
+    _, length, checksum = _FRONT.unpack_from(data)
+    packed = data[_FRONT.size : _FRONT.size + length]
+    if len(packed) != length:
+        raise ArtifactError(f"artifact is truncated: its header has {length} bytes, {len(packed)} are there")
+    if zlib.crc32(packed) != checksum:
+        raise ArtifactError("artifact is damaged: its header's checksum is wrong")
+    try:
+        header = json.loads(_inflate(packed, _MAX_HEADER).decode())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"artifact is damaged: its header is no JSON ({error})") from error
+    if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
+        raise ArtifactError("artifact is damaged: its header lists no tensors")
+    return header | {"streams_at": _FRONT.size + length}
+
+
+def unpack(data: bytes, *, max_elements: int = MAX_ELEMENTS) -> Artifact:
+    """The artifact in `data`. Raises ArtifactError for anything damaged, truncated or too large."""
+    header = read_header(data)
+    position = header.pop("streams_at")
+    tensors: dict[str, Raw | Coded] = {}
+    total = 0
+    for entry in header.pop("tensors"):
+        name, kind, dtype, shape, length, checksum = _check_entry(entry)
+        total += math.prod(shape)
+        if total > max_elements:
+            raise ArtifactError(f"artifact asks for {total} elements at {name!r}, allowed: {max_elements}")
+        stream = data[position : position + length]
+        if len(stream) != length:
+            raise ArtifactError(f"artifact is truncated: {name!r} has {length} bytes, {len(stream)} are there")
+        if zlib.crc32(stream) != checksum:
+            raise ArtifactError(f"artifact is damaged: the checksum of {name!r} is wrong")
+        if name in tensors:
+            raise ArtifactError(f"artifact is damaged: it holds {name!r} twice")
+        position += length
+        tensors[name] = _decode(name, kind, dtype, shape, stream)
+    if position != len(data):
+        raise ArtifactError(f"artifact is damaged: {len(data) - position} bytes follow its last tensor")
+    return Artifact(tensors, header)
+
+
+def _check_entry(entry: Any) -> tuple[str, str, str, tuple[int, ...], int, int]:
+    match entry:
+        case [str(name), str(kind), str(dtype), list(shape), int(length), int(checksum)]:
+            pass
+        case _:
+            raise ArtifactError("artifact is damaged: an entry of its tensor list is malformed")
+    if kind not in ("raw", "sparse", "coded", "grid"):
+        raise ArtifactError(f"artifact is damaged: {name!r} is of unknown kind {kind!r}")
+    if dtype not in _DTYPES:
+        raise ArtifactError(f"artifact is damaged: {name!r} has unknown dtype {dtype!r}")
+    if len(shape) > 16 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or length < 0:
+        raise ArtifactError(f"artifact is damaged: {name!r} has shape {shape} and length {length}")
+    return name, kind, dtype, tuple(shape), length, checksum
+
+
+def _encode(tensor: Raw | Coded) -> tuple[str, bytes]:
+    if isinstance(tensor, Coded):
+        stream = entropy.encode(tensor.symbols, max(1, tensor.table.size))
+        if tensor.grid is not None:
+            return "grid", struct.pack("<fiH", *tensor.grid, tensor.table.size - 1) + stream
+        return "coded", struct.pack("<H", tensor.table.size - 1) + tensor.table.astype("<f4").tobytes() + stream
+    array = np.ascontiguousarray(tensor.array)
+    raw = _pack_bytes(array)
+    if array.dtype.kind != "f" or np.count_nonzero(array) > 0.7 * array.size:
+        return "raw", raw
+    mask = (array != 0) | np.signbit(array)
+    packed_mask = entropy.encode(mask, 2)
+    sparse = struct.pack("<I", len(packed_mask)) + packed_mask + _pack_bytes(array[mask])
+    return ("sparse", sparse) if len(sparse) < len(raw) else ("raw", raw)
+
+
+def _decode(name: str, kind: str, dtype: str, shape: tuple[int, ...], stream: bytes) -> Raw | Coded:
+    count = math.prod(shape)
+    try:
+        if kind == "raw":
+            return Raw(_unpack_bytes(stream, dtype, count).reshape(shape), dtype)
+        if kind == "sparse":
+            (length,) = struct.unpack_from("<I", stream)
+            mask = entropy.decode(stream[4 : 4 + length], shape).astype(bool)
+            array = np.zeros(shape, _numpy_type(dtype))
+            array[mask] = _unpack_bytes(stream[4 + length :], dtype, int(mask.sum()))
+            return Raw(array, dtype)
+        if kind == "grid":
+            scale, lowest, highest = struct.unpack_from("<fiH", stream)
+            table, grid, position = grid_table(scale, lowest, highest + 1), (scale, lowest), 10
+        else:
+            (highest,) = struct.unpack_from("<H", stream)
+            position = 2 + 4 * (highest + 1)
+            table, grid = np.frombuffer(stream, "<f4", highest + 1, 2).astype(np.float32), None
+        symbols = entropy.decode(stream[position:], shape)
+    except (struct.error, ValueError) as error:
+        raise ArtifactError(f"artifact is damaged at {name!r}: {error}") from error
+    if symbols.size and int(symbols.max()) >= table.size:
+        raise ArtifactError(f"artifact is damaged at {name!r}: symbol {symbols.max()} of a table of {table.size}")
+    return Coded(symbols, table, dtype, grid)
+
+
+def _numpy_type(dtype: str) -> np.dtype[Any]:
+    return np.dtype(_DTYPES[dtype]).newbyteorder("<")
+
+
+def _pack_bytes(array: NDArray[Any]) -> bytes:
+    """A flag byte (0 plain, 1 deflated) and the bytes, most significant planes together."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    flat = np.frombuffer(little.tobytes(), np.uint8)
+    planes = flat.reshape(-1, array.dtype.itemsize).T.tobytes() if flat.size else b""
+    deflated = zlib.compress(planes, 6)
+    return b"\1" + deflated if len(deflated) < len(planes) else b"\0" + planes
+
+
+def _unpack_bytes(data: bytes, dtype: str, count: int) -> NDArray[Any]:
+    kind = _numpy_type(dtype)
+    size = count * kind.itemsize
+    if data[:1] not in (b"\0", b"\1"):
+        raise ArtifactError(f"artifact is damaged: a raw stream starts with {data[:1]!r}")
+    planes = _inflate(data[1:], size) if data[:1] == b"\1" else data[1:]
+    if len(planes) != size:
+        raise ArtifactError(f"artifact is damaged: {len(planes)} bytes for {count} elements of {dtype}")
+    flat = np.frombuffer(planes, np.uint8).reshape(kind.itemsize, count).T
+    return np.frombuffer(np.ascontiguousarray(flat).tobytes(), kind).astype(kind.newbyteorder("="))
+
+
+def _inflate(data: bytes, limit: int) -> bytes:
+    """Inflated bytes, never more than `limit`."""
+    machine = zlib.decompressobj()
+    try:
+        result = machine.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ArtifactError(f"artifact is damaged: {error}") from error
+    if len(result) > limit or not machine.eof or machine.unused_data:
+        raise ArtifactError("artifact is damaged: a deflated part has the wrong length")
+    return result

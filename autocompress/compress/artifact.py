@@ -1,0 +1,148 @@
+"""Artifact <-> nn.Module: what a trial writes, and `autocompress.load`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.codec import container
+from autocompress.codec.container import Artifact, Coded, Raw
+from autocompress.compress import architecture, lowrank
+from autocompress.errors import ArtifactError
+from autocompress.plan import LayerPlan, Plan
+
+
+def raw_tensor(tensor: Tensor) -> Raw:
+    """The tensor as the artifact carries it exactly."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    values = tensor.detach().cpu().contiguous()
+    bits = values.view(torch.uint16) if tensor.dtype == torch.bfloat16 else values
+    return Raw(bits.numpy(), name)
+
+
+def to_tensor(entry: Coded | Raw) -> Tensor:
+    """The entry as a tensor of its dtype."""
+    if isinstance(entry, Coded):
+        return torch.from_numpy(entry.values()).to(getattr(torch, entry.dtype))
+    array = np.require(entry.array, requirements=["W"])
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if entry.dtype == "bfloat16" else tensor
+
+
+def write(model: nn.Module, plan: Plan, tensors: Mapping[str, Coded | Raw], version: str) -> bytes:
+    """The file's bytes. `model` is the uncompressed one: its architecture goes in where it is a standard tree."""
+    ranks = {name: [layer.rank, layer.scheme] for name, layer in plan.layers.items() if layer.rank is not None}
+    plans = {name: [layer.bits, round(layer.threshold, 6)] for name, layer in plan.layers.items()}
+    header: dict[str, Any] = {"made_by": version, "ranks": ranks, "plan": plans}
+    tree = architecture.describe(model)
+    if tree is not None:
+        header["model"] = tree
+    else:
+        header["class"] = type(model).__name__
+    return container.pack(Artifact(tensors, header))
+
+
+def read(path: str | Path) -> Artifact:
+    """The decoded file. Raises ArtifactError where it is missing, damaged or no artifact."""
+    file = Path(path)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"artifact {str(file)!r} cannot be read: {error.strerror or error}") from error
+    try:
+        return container.unpack(data)
+    except ArtifactError as error:
+        raise ArtifactError(f"{file}: {error}") from error
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The compressed model, in eval mode on the CPU, computing exactly what its trial measured.
+
+    `model`, an instance of the original architecture (its weights do not matter), is needed
+    unless the model is a tree of nn.Sequential and standard layers; it is copied, not changed.
+    Raises ArtifactError for a damaged file, a missing or a wrong architecture (named by tensor
+    and shape). Nothing in the file is executed and nothing that it names is imported.
+    """
+    return restore(read(path), model, str(path))
+
+
+def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "artifact") -> nn.Module:
+    """`load` for an artifact that is decoded already."""
+    if model is not None:
+        module = copy.deepcopy(model)
+    elif "model" in artifact.header:
+        module = architecture.build(artifact.header["model"])
+    else:
+        raise ArtifactError(
+            f"{source} holds the weights of a {artifact.header.get('class', 'model')!r} whose architecture is not a "
+            "tree of standard layers: give it as load(path, model=YourModel())"
+        )
+    for name, (rank, scheme) in _ranks(artifact, source).items():
+        module = _factorise(module, name, LayerPlan(rank=rank, scheme=scheme), source)
+    _check_shapes(module, artifact.tensors, source)
+    module = module.to_empty(device="cpu") if model is None else module.cpu()
+    fill(module, artifact.tensors)
+    return module.eval()
+
+
+def unique_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by state key, each tensor once under its first name."""
+    seen: dict[int, str] = {}
+    return {
+        key: tensor
+        for key, tensor in module.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and seen.setdefault(id(tensor), key) == key
+    }
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Coded | Raw]) -> None:
+    """Copy the tensors into the module's state; keys and shapes must fit."""
+    with torch.no_grad():
+        for key, target in unique_state(module).items():
+            target.copy_(to_tensor(tensors[key]))
+
+
+def _check_shapes(module: nn.Module, tensors: Mapping[str, Coded | Raw], source: str) -> None:
+    wanted = unique_state(module)
+    for key in tensors:
+        if key not in wanted:
+            raise ArtifactError(f"{source} holds {key!r}, which the given model does not have")
+    for key, target in wanted.items():
+        if key not in tensors:
+            raise ArtifactError(f"the given model has {key!r} of shape {list(target.shape)}, {source} does not")
+        if tensors[key].shape != tuple(target.shape):
+            shapes = f"{list(tensors[key].shape)} in {source}, {list(target.shape)} in the given model"
+            raise ArtifactError(f"{key!r} has shape {shapes}")
+
+
+def _ranks(artifact: Artifact, source: str) -> dict[str, tuple[int, str]]:
+    ranks = artifact.header.get("ranks", {})
+    if not isinstance(ranks, dict):
+        raise ArtifactError(f"{source} is damaged: its ranks are no table")
+    result = {}
+    for name, value in ranks.items():
+        match value:
+            case [int(rank), "channel" | "spatial" as scheme] if rank > 0:
+                result[name] = (rank, scheme)
+            case _:
+                raise ArtifactError(f"{source} is damaged: rank of {name!r} is {value!r}")
+    return result
+
+
+def _factorise(module: nn.Module, name: str, plan: LayerPlan, source: str) -> nn.Module:
+    try:
+        target = module.get_submodule(name) if name else module
+    except AttributeError:
+        raise ArtifactError(f"{source} has a layer {name!r}, which the given model does not have") from None
+    standard = isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if not standard or (plan.scheme == "spatial" and not isinstance(target, nn.Conv2d)):
+        raise ArtifactError(f"layer {name!r} is a {type(target).__name__} in the given model, {source} has two factors")
+    if plan.rank is not None and plan.rank > target.weight.numel():  # type: ignore[operator, union-attr]
+        raise ArtifactError(f"layer {name!r} has rank {plan.rank} in {source}, more than it has weights")
+    return lowrank.replace(module, name, lowrank.factorised(target, plan))

@@ -1,0 +1,115 @@
+"""Brief finetuning of a compressed model: masks stay, codes follow their float weights.
+
+The forward pass sees the values that the artifact will hold; gradients reach the float weights
+straight through, the tables and steps by their own rules (`quantize`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autocompress.compress.apply import Compressed, call_with
+from autocompress.errors import TrialFailed
+from autocompress.plan import Recipe
+
+TEMPERATURE = 2.0
+Batch = tuple[Any, Any, Any]
+"""Inputs, targets, and the uncompressed model's outputs (None without distillation)."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Training batches: `epoch(i)` iterates over those of epoch i; `steps` is how many an epoch has."""
+
+    epoch: Callable[[int], Iterator[Batch]]
+    steps: int
+
+
+def finetune(
+    model: Compressed, feed: Feed, loss: Callable[[Any, Any], Tensor], recipe: Recipe, rungs: Sequence[float]
+) -> Iterator[float]:
+    """Train in place, stopping at each rung (epochs, rising) to yield it; the model is then settled.
+
+    Adam (Kingma & Ba 2015) with a short warm-up and a cosine decay over `recipe.epochs`; tables and steps
+    learn at a tenth of the rate. Raises TrialFailed when the loss is no longer finite.
+    """
+    total = max(1, round(recipe.epochs * feed.steps))
+    marks = {min(total, round(rung * feed.steps)): rung for rung in rungs}
+    optimiser = _optimiser(model, recipe.learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
+    batches = _endless(feed)
+    for step in range(total + 1):
+        if step in marks:
+            model.settle()
+            yield marks[step]
+        if step == total:
+            return
+        inputs, targets, guide = next(batches)
+        model.module.train()
+        outputs = call_with(model.module, model.substitutes(), inputs)
+        value = _objective(outputs, targets, guide, loss, recipe.distillation)
+        if not math.isfinite(value.item()):
+            raise TrialFailed(f"loss became {value.item()} at step {step} of {total}")
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        scheduler.step()
+
+
+def distillation_loss(outputs: Tensor, guide: Tensor, targets: Any) -> Tensor:
+    """How far the outputs are from the uncompressed model's, a scalar.
+
+    Class scores (targets are integers, classes along axis 1): T^2 x the divergence of softened
+    distributions (Hinton et al. 2015, arXiv 1503.02531, T = 2); anything else: mean squared difference.
+    """
+    whole = isinstance(targets, Tensor) and not targets.is_floating_point() and outputs.dim() >= 2
+    if not whole:
+        return F.mse_loss(outputs, guide)
+    log_p = F.log_softmax(outputs / TEMPERATURE, dim=1)
+    q = F.softmax(guide / TEMPERATURE, dim=1)
+    positions = outputs.numel() // outputs.shape[1]
+    return TEMPERATURE**2 * F.kl_div(log_p, q, reduction="sum") / positions
+
+
+def _objective(
+    outputs: Any, targets: Any, guide: Any, loss: Callable[[Any, Any], Tensor], distillation: float
+) -> Tensor:
+    if guide is None or distillation == 0:
+        return loss(outputs, targets)
+    distance = distillation_loss(outputs, guide, targets)
+    return distance if distillation == 1 else (1 - distillation) * loss(outputs, targets) + distillation * distance
+
+
+def _optimiser(model: Compressed, rate: float) -> torch.optim.Optimizer:
+    codes = model.codes.values()
+    slow = [t for code in codes for t in (code.table, code.step) if t is not None]
+    groups = [
+        {"params": [*(code.weights for code in codes), *model.others()], "lr": rate},
+        {"params": slow, "lr": rate / 10},
+    ]
+    return torch.optim.Adam([g for g in groups if g["params"]])
+
+
+def _rate(step: int, total: int) -> float:
+    warm = min(20, total // 10)
+    ramp = (step + 1) / (warm + 1) if step < warm else 1.0
+    return ramp * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
+
+
+def _endless(feed: Feed) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        empty = True
+        for batch in feed.epoch(epoch):
+            empty = False
+            yield batch
+        if empty:
+            raise TrialFailed("the training data gave no batch")
+        epoch += 1

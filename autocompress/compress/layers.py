@@ -1,0 +1,221 @@
+"""What of a model can be compressed: layers with shapes and MACs, and all else with the reason why not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.compress import lowrank
+from autocompress.errors import TaskError
+from autocompress.plan import LayerPlan, LayerSpec, Plan
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter or buffer that is carried exactly, and why."""
+
+    name: str
+    elements: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every tensor of a model, once: the layers that can be compressed, and what is kept."""
+
+    layers: tuple[LayerSpec, ...]
+    kept: tuple[Kept, ...]
+
+    @property
+    def parameters(self) -> int:
+        """All parameters and buffers, shared ones counted once."""
+        return sum(s.parameters for s in self.layers) + sum(k.elements for k in self.kept)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One use of a tensor: module path, module, attribute."""
+
+    path: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+
+def find_layers(model: nn.Module, call: Callable[[nn.Module], Any]) -> Inventory:
+    """The model's inventory. `call` runs one example through a module that it is given.
+
+    The model is not touched: MACs are counted and factorisations tried on copies. Raises
+    TaskError where no layer can be compressed.
+    """
+    layers: list[LayerSpec] = []
+    kept: list[Kept] = []
+    for sites in _tensors(model):
+        spec = _layer(sites)
+        if isinstance(spec, LayerSpec):
+            layers.append(spec)
+        else:
+            kept.append(Kept(sites[0].key, _tensor(sites[0]).numel(), spec))
+    if not layers:
+        found = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+        raise TaskError(
+            f"model {type(model).__name__} has no layer to compress: it holds {', '.join(found)}, "
+            "compressible are Linear, Conv1d, Conv2d and Conv3d"
+        )
+    macs = _count_macs(model, layers, call)
+    layers = [replace(spec, macs=macs[spec.name]) for spec in layers]
+    return Inventory(tuple(_try_factors(model, layers, call)), tuple(kept))
+
+
+def macs_of(specs: Iterable[LayerSpec], plan: Plan) -> int:
+    """Multiply-accumulates of one example in the compressible layers; pruned weights count as executed.
+
+    A factorised layer's are scaled by its share of weights, exact where the stride is 1.
+    """
+    total = 0
+    for spec in specs:
+        rank = plan.layers[spec.name].rank
+        share = 1.0 if rank is None else rank * sum(spec.matrix(plan.layers[spec.name].scheme)) / spec.parameters
+        total += round(spec.macs * share)
+    return total
+
+
+def _tensors(model: nn.Module) -> list[list[_Site]]:
+    """The places of each distinct parameter and buffer, in the order of the model's state."""
+    sites: dict[int, list[_Site]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = [*module._parameters.items(), *module._buffers.items()]
+        for attribute, tensor in own:
+            if tensor is not None:
+                sites.setdefault(id(tensor), []).append(_Site(path, module, attribute))
+    return list(sites.values())
+
+
+def _tensor(site: _Site) -> torch.Tensor:
+    tensor: torch.Tensor = getattr(site.module, site.attribute)
+    return tensor
+
+
+def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
+    """The layer that the tensor is the weight of, or why there is none."""
+    first, tensor = sites[0], _tensor(sites[0])
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        raise TaskError(f"parameter {first.key!r} is not initialised: run one batch through the model first")
+    home = next((s for s in sites if s.attribute == "weight" and _kind(s.module)), None)
+    if first.attribute in first.module._buffers:
+        return "buffer"
+    if home is None:
+        return _reason(first)
+    if not tensor.is_floating_point():
+        return f"weights are {str(tensor.dtype).removeprefix('torch.')}, not real floating point"
+    if tensor.numel() < 2:
+        return "a single weight"
+    module, others = home.module, tuple(s.path for s in sites if s is not home)
+    because = ""
+    if others:
+        because = f"shared with {', '.join(o or 'model' for o in others)}"
+    elif getattr(module, "groups", 1) > 1:
+        because = "grouped convolution"
+    elif type(module).forward is not _base(module).forward:
+        because = f"{type(module).__name__} has a forward of its own"
+    elif module._forward_hooks or module._forward_pre_hooks:
+        because = "the module has hooks"
+    return LayerSpec(
+        name=home.path,
+        kind=_kind(module),
+        shape=tuple(tensor.shape),
+        macs=0,
+        groups=getattr(module, "groups", 1),
+        shared_with=others,
+        factorable=not because,
+        whole_because=because,
+    )
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    return next(base for base in KINDS if isinstance(module, base))
+
+
+def _kind(module: nn.Module) -> str:
+    return next((kind for base, kind in KINDS.items() if isinstance(module, base)), "")
+
+
+def _reason(site: _Site) -> str:
+    owner = type(site.module).__name__
+    if owner == "ParametrizationList":
+        return "parametrized weight (weight_norm, spectral_norm and the like)"
+    if site.attribute == "bias":
+        return f"bias of {owner}"
+    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding table"
+    if "Norm" in owner:
+        return f"{site.attribute} of {owner}"
+    return f"parameter {site.attribute!r} of {owner}, which is no Linear or convolution"
+
+
+def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> dict[str, int]:
+    """Per layer: output positions x weights, over every use of the weight as a Linear or convolution."""
+    probe = copy.deepcopy(model).eval()
+    macs = {spec.name: 0 for spec in layers}
+    modules = dict(probe.named_modules(remove_duplicate=False))
+
+    def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            batch = inputs[0].shape[0] if inputs and inputs[0].dim() > 1 else 1
+            macs[name] += output.numel() // batch // weight.shape[0] * weight.numel()
+
+        return hook
+
+    for spec in layers:
+        for path in dict.fromkeys((spec.name, *spec.shared_with)):
+            if _kind(modules[path]):
+                modules[path].register_forward_hook(count(spec.name))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        call(probe)
+    return macs
+
+
+def _try_factors(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> list[LayerSpec]:
+    """The layers, those marked whole whose parent fails when they are two modules instead of one.
+
+    Some modules read a child's weight by themselves (MultiheadAttention, TransformerEncoderLayer).
+    """
+
+    def runs(names: Sequence[str]) -> bool:
+        probe = copy.deepcopy(model).eval()
+        for spec in layers:
+            if spec.name in names:
+                probe = lowrank.replace(probe, spec.name, lowrank.factorised(_at(probe, spec.name), LayerPlan(rank=1)))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                call(probe)
+        except Exception:  # whatever a user's module raises when its child is not what it expects
+            return False
+        return True
+
+    free = [spec.name for spec in layers if spec.factorable and spec.max_rank() > 0]
+    if not free or runs(free):
+        return list(layers)
+    bad = {name for name in free if not runs([name])}
+    because = "a parent module reads this weight by itself"
+    return [replace(s, factorable=False, whole_because=because) if s.name in bad else s for s in layers]
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path) if path else model

@@ -1,0 +1,282 @@
+"""An artifact -> a file for its target, verified on the whole test set, and a manifest that tells the truth."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from autocompress.compress.artifact import load
+from autocompress.deploy import verify
+from autocompress.errors import ExportError, UsageError
+from autocompress.tasks.batches import predict
+
+if TYPE_CHECKING:
+    from autocompress.tasks.task import Task
+
+FILES = {"archive": "model.acz", "onnx": "model.onnx", "torch": "model.pt2"}
+"""The file that each format writes, beside manifest.json."""
+
+Named = dict[str, NDArray[Any]]
+
+_BATCH = 256
+_SMALL_BATCHES = (1, 64)
+
+
+def export(artifact: Path, task: Task, fmt: str, out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the files written to the folder `out`: one of `FILES` and manifest.json.
+
+    The file is made from `artifact` alone (`task.model` gives the architecture) and compared with it on the whole
+    of `task.test` before anything appears in `out`; other files there are left alone. `facts` (plain JSON) go into
+    the manifest as "recorded". Raises ExportError where the export fails or does not do what the artifact does,
+    UsageError for an unknown format or a folder that cannot be written, ArtifactError for a damaged artifact.
+    """
+    if fmt not in FILES:
+        raise UsageError(f"unknown export format {fmt!r}; allowed: {', '.join(FILES)}")
+    module = load(artifact, model=task.model)
+    with _staging(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="autocompress-") as calls:
+        recorder = _Recorder(module, Path(calls))
+        outputs, targets = predict(recorder, task.test, batch_size=_BATCH)
+        for size in _SMALL_BATCHES:
+            recorder.run(f"batch-{size:06d}", recorder.first(size))
+        file = folder / FILES[fmt]
+        details = _write(fmt, artifact, recorder, file)
+        runtime = _run(fmt, task, recorder, file)
+        checks = _compared(task, recorder, float(task.metric(outputs, targets)), targets, file)
+        manifest = {
+            "format": fmt,
+            "file": file.name,
+            "size_bytes": file.stat().st_size,
+            "sha256": _sha256(file),
+            "artifact": {"size_bytes": artifact.stat().st_size, "sha256": _sha256(artifact)},
+            "float32": {
+                "model_safetensors_bytes": (facts.get("baseline") or {}).get("size_bytes"),
+                "same_file_bytes": details.pop("float32_bytes", None),
+            },
+            **details,
+            "verification": {**checks, "runtime": runtime, "fresh_process": fmt != "archive"},
+            "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recorded": dict(facts),
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _publish(folder, Path(out), file.name)
+    return manifest
+
+
+class _Recorder(nn.Module):
+    """Passes calls on to `module`; keeps their inputs in `folder` and their outputs in memory, by call."""
+
+    def __init__(self, module: nn.Module, folder: Path) -> None:
+        super().__init__()
+        self.module, self.folder, self.model = module, folder, type(module).__name__
+        self.outputs: dict[str, Named] = {}
+        self.examples = 0
+        self.keywords = False
+        self.structure: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's outputs for the next batch of the test set."""
+        self.keywords = bool(kwargs)
+        inputs = _arrays(self.model, "input", self._by_name(args, kwargs))
+        self.structure = self.module(*args, **kwargs)
+        self._keep(f"test-{len(self.outputs):06d}", inputs, self.structure)
+        self.examples += _examples(self.model, inputs)
+        return self.structure
+
+    def run(self, call: str, inputs: Named) -> None:
+        """Records one more call."""
+        self._keep(call, inputs, call_module(self.module, inputs, self.keywords))
+
+    def first(self, count: int) -> Named:
+        """The inputs of the first `count` test examples, or of all if there are fewer."""
+        parts: list[Named] = []
+        for call in self.tests:
+            parts.append(verify.load_inputs(self.folder, call))
+            if sum(_examples(self.model, part) for part in parts) >= count:
+                break
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+    @property
+    def tests(self) -> list[str]:
+        """The calls that make up the test set, in order."""
+        return [call for call in self.outputs if call.startswith("test-")]
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs in the order of the model's signature, by the names that they get in a file."""
+        if not kwargs:
+            return dict(zip(numbered("input", len(args)), args, strict=True))
+        declared = [name for name in inspect.signature(self.module.forward).parameters if name in kwargs]
+        return {name: kwargs[name] for name in (*declared, *(name for name in kwargs if name not in declared))}
+
+    def _keep(self, call: str, inputs: Named, outputs: Any) -> None:
+        self.outputs[call] = _arrays(self.model, "output", output_tensors(self.model, outputs))
+        verify.save_inputs(self.folder, call, inputs)
+
+
+def call_module(module: nn.Module, inputs: Named, keywords: bool) -> Any:
+    """The module's outputs for arrays."""
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    with torch.no_grad():
+        return module(**tensors) if keywords else module(*tensors.values())
+
+
+def output_tensors(model: str, outputs: Any) -> dict[str, Any]:
+    """A model's outputs by the names that they get in a file."""
+    if isinstance(outputs, torch.Tensor):
+        return {"output": outputs}
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    if isinstance(outputs, tuple | list):
+        return dict(zip(numbered("output", len(outputs)), outputs, strict=True))
+    raise ExportError(f"{model} returns a {type(outputs).__name__}; allowed: a tensor, a tuple or a mapping of tensors")
+
+
+def numbered(word: str, count: int) -> list[str]:
+    """One name, or one with a number for each of several."""
+    return [word] if count == 1 else [f"{word}_{index}" for index in range(count)]
+
+
+def _arrays(model: str, what: str, tensors: Mapping[str, Any]) -> Named:
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ExportError(f"{what} {name!r} of {model} is a {type(value).__name__}; only tensors can be exported")
+    try:
+        return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+    except TypeError as error:
+        raise ExportError(f"an {what} of {model} has a dtype that cannot be exported: {error}") from error
+
+
+def _examples(model: str, inputs: Named) -> int:
+    """The batch size, which every input must have along its first axis."""
+    sizes = {name: array.shape[0] if array.ndim else 0 for name, array in inputs.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ExportError(f"the inputs of {model} must all have the examples along their first axis, they have {sizes}")
+    return next(iter(sizes.values()))
+
+
+def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path) -> dict[str, Any]:
+    """Writes the file; what the manifest says of it."""
+    example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
+    inputs = {name: torch.from_numpy(array) for name, array in example.items()}
+    names = list(output_tensors(recorder.model, recorder.structure))
+    if fmt == "onnx":
+        from autocompress.deploy import onnx
+
+        return onnx.write(recorder.module, inputs, recorder.keywords, names, file)
+    if fmt == "torch":
+        from autocompress.deploy import torch_export
+
+        torch_export.write(recorder.module, inputs, recorder.keywords, file)
+    else:
+        shutil.copyfile(artifact, file)
+    found = recorder.outputs[recorder.tests[0]]
+    return {"inputs": _described(example), "outputs": _described(found)}
+
+
+def _described(arrays: Named) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": ["batch", *array.shape[1:]], "dtype": str(array.dtype)}
+        for name, array in arrays.items()
+    ]
+
+
+def _run(fmt: str, task: Task, recorder: _Recorder, file: Path) -> str:
+    """Runs the recorded calls through the written file; the runtime and its version."""
+    if fmt != "archive":
+        return verify.run_apart(fmt, file, recorder.folder, keywords=recorder.keywords)
+    from autocompress import __version__
+
+    module = load(file, model=task.model)
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> verify.Arrays:
+        tensors = output_tensors(recorder.model, call_module(module, dict(inputs), recorder.keywords))
+        return list(_arrays(recorder.model, "output", tensors).values())
+
+    verify.run_calls(recorder.folder, run)
+    return f"autocompress {__version__}, torch {torch.__version__}"
+
+
+def _compared(task: Task, recorder: _Recorder, expected: float, targets: Any, file: Path) -> dict[str, Any]:
+    """The figures of the comparison. Raises ExportError where the file does not do what the artifact does."""
+    exact = file.name == FILES["archive"]
+    found = {call: verify.load_outputs(recorder.folder, call) for call in recorder.outputs}
+    difference = largest = 0.0
+    for call, outputs in recorder.outputs.items():
+        for (name, wanted), got in zip(outputs.items(), found[call], strict=True):
+            if not exact and wanted.dtype.kind != "f":
+                continue  # a class number may tip over between two equal scores: the metric tells whether it matters
+            gap, scale = verify.largest_difference(wanted, got), float(np.abs(wanted).max(initial=0.0))
+            if not gap <= (0.0 if exact else verify.OUTPUT_TOLERANCE * scale):
+                raise ExportError(
+                    f"{file.name} does not compute what the artifact does: {name!r} differs by {gap:.3g} at batch size "
+                    f"{len(wanted)}, its largest value is {scale:.3g}"
+                )
+            difference, largest = max(difference, gap), max(largest, scale)
+    joined = [
+        torch.from_numpy(np.concatenate(parts)) for parts in zip(*(found[c] for c in recorder.tests), strict=True)
+    ]
+    metric = float(task.metric(_structured(recorder.structure, joined), targets))
+    if not verify.metrics_agree(expected, metric):
+        name = task.metric_name or "metric"
+        raise ExportError(f"{file.name} has a test {name} of {metric:.6g}, the artifact has {expected:.6g}")
+    sizes = {_examples(recorder.model, verify.load_inputs(recorder.folder, call)) for call in recorder.outputs}
+    return {
+        "examples": recorder.examples,
+        "batch_sizes": sorted(sizes),
+        "metric_artifact": expected,
+        "metric_exported": metric,
+        "max_abs_difference": difference,
+        "max_abs_output": largest,
+    }
+
+
+def _structured(like: Any, tensors: list[torch.Tensor]) -> Any:
+    """`tensors` in the structure of the outputs `like`."""
+    if isinstance(like, torch.Tensor):
+        return tensors[0]
+    return dict(zip(like, tensors, strict=True)) if isinstance(like, Mapping) else tuple(tensors)
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder on the same file system as `out`, gone at the end."""
+    try:
+        base = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        if not base.is_dir():
+            raise NotADirectoryError(0, f"{base} is a file")
+        folder = Path(tempfile.mkdtemp(prefix=".autocompress-", dir=base))
+    except OSError as error:
+        raise UsageError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, out: Path, name: str) -> None:
+    """Moves the file and the manifest to `out`; at no time does a manifest there speak of another file."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "manifest.json").unlink(missing_ok=True)
+        os.replace(folder / name, out / name)
+        os.replace(folder / "manifest.json", out / "manifest.json")
+    except OSError as error:
+        raise UsageError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

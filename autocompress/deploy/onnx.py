@@ -1,0 +1,315 @@
+"""ONNX files that plain onnxruntime runs, with weights stored small and exactly.
+
+A weight of few or of mostly zero values is written as integers and a chain of standard operators
+(opset 13 on) that onnxruntime folds into the float32 weight when it loads the file: it then computes
+with the very numbers of the artifact, at float32 speed. The chain is the smallest of
+
+    constant   ConstantOfShape
+    half       float16 cast to float32, where every value is one of float16
+    dense      table[digits]
+    sparse     any of these forms, of the values that are not zero, scattered to cumsum(digits + 1) - 1
+
+where `digits` are integers below some base, as many of them in each 32-bit word as fit, taken apart by
+Mod(Div(word, base^i), base): 4 bits each for base 16, 1.6 bits for base 3. The sparse form is the relative
+index of Deep Compression (Han et al. 2016, section 2): a gap that the base cannot hold is bridged by stored zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from autocompress.deploy.torch_export import one_line, quiet
+from autocompress.errors import ExportError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = NDArray[Any]
+
+OPSET = 18
+"""The lowest that torch's exporter writes without conversion; read by onnxruntime since 1.14."""
+
+_WORD_BITS = 32
+_MAX_TABLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Form:
+    """Nodes and constants that compute one tensor, named as the last node's output (or as the only constant)."""
+
+    kind: str
+    nodes: tuple[Any, ...]
+    constants: Mapping[str, Array]
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Bytes that the form adds to a file."""
+        tensors = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
+        return sum(part.ByteSize() + 4 for part in (*tensors, *self.nodes))
+
+
+def smallest_form(name: str, values: NDArray[np.float32]) -> Form:
+    """The form of fewest bytes that gives `values` bit for bit; of kind "plain" where float32 itself is smallest."""
+    forms = _vector_forms(name, values)
+    at = np.flatnonzero(values.reshape(-1).view(np.uint32))
+    if at.size == 0 and values.size:
+        shape = {f"{name}:shape": np.array(values.shape, np.int64)}
+        forms.append(Form("constant", (helper.make_node("ConstantOfShape", list(shape), [name]),), shape))
+    elif at.size < 0.9 * values.size:
+        forms.append(_sparse(name, values, at))
+    return min(forms, key=lambda form: form.size_bytes)
+
+
+def _vector_forms(name: str, values: NDArray[np.float32]) -> list[Form]:
+    """The forms that store every value."""
+    forms = [Form("plain", (), {name: values})]
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if np.array_equal(half.astype(np.float32).view(np.uint32), values.view(np.uint32)):
+        cast = helper.make_node("Cast", [f"{name}:half"], [name], to=onnx.TensorProto.FLOAT)
+        forms.append(Form("half", (cast,), {f"{name}:half": half}))
+    table, codes = np.unique(values.reshape(-1).view(np.uint32), return_inverse=True)
+    if table.size <= min(_MAX_TABLE, values.size // 2):
+        forms.append(_dense(name, values.shape, codes, table.view(np.float32)))
+    return forms
+
+
+def _dense(name: str, shape: tuple[int, ...], codes: Array, table: NDArray[np.float32]) -> Form:
+    packed = digits(f"{name}:codes", codes, table.size)
+    nodes = (
+        helper.make_node("Gather", [f"{name}:table", f"{name}:codes"], [f"{name}:flat"]),
+        helper.make_node("Reshape", [f"{name}:flat", f"{name}:shape"], [name]),
+    )
+    constants = {f"{name}:table": table, f"{name}:shape": np.array(shape, np.int64)}
+    return Form("dense", packed.nodes + nodes, {**packed.constants, **constants})
+
+
+def _sparse(name: str, values: NDArray[np.float32], at: Array) -> Form:
+    """`values` from those at the flat positions `at`; every other one is +0.0."""
+    flat = values.reshape(-1)
+    gaps = np.diff(at, prepend=-1) - 1
+    base = _gap_base(gaps, value_bits=_bits(np.unique(flat[at]).size + 1))
+    ends = np.cumsum(gaps // base + 1) - 1
+    steps = np.full(int(ends[-1]) + 1, base - 1)
+    steps[ends] = gaps % base
+    kept = np.zeros(steps.size, np.float32)
+    kept[ends] = flat[at]
+    gap_form = digits(f"{name}:gaps", steps, base, flat=True)
+    kept_form = min(_vector_forms(f"{name}:kept", kept), key=lambda form: form.size_bytes)
+    nodes = (
+        helper.make_node("Add", [f"{name}:gaps", ":int_1"], [f"{name}:steps"]),
+        helper.make_node("CumSum", [f"{name}:steps", ":int_0"], [f"{name}:ends"]),
+        helper.make_node("Sub", [f"{name}:ends", ":int_1"], [f"{name}:at"]),
+        helper.make_node("ConstantOfShape", [f"{name}:size"], [f"{name}:zeros"]),
+        helper.make_node("ScatterElements", [f"{name}:zeros", f"{name}:at", f"{name}:kept"], [f"{name}:flat"]),
+        helper.make_node("Reshape", [f"{name}:flat", f"{name}:shape"], [name]),
+    )
+    constants = {
+        ":int_0": np.array(0),
+        ":int_1": np.array(1),
+        f"{name}:size": np.array([values.size]),
+        f"{name}:shape": np.array(values.shape, np.int64),
+    }
+    kind = f"sparse, {kept_form.kind}"
+    return Form(
+        kind, gap_form.nodes + kept_form.nodes + nodes, {**gap_form.constants, **kept_form.constants, **constants}
+    )
+
+
+def _gap_base(gaps: Array, value_bits: float) -> int:
+    """The base of fewest bits in all: a small one takes fewer bits a gap, but more stored zeros."""
+    bases = [int(2 ** (_WORD_BITS / per_word) + 1e-9) for per_word in range(2, _WORD_BITS + 1)]
+    return min(sorted(set(bases)), key=lambda base: (gaps // base + 1).sum() * (_bits(base) + value_bits))
+
+
+def _bits(base: int) -> float:
+    return _WORD_BITS / digits_per_word(base)
+
+
+def digits_per_word(base: int) -> int:
+    """How many digits below `base` a word holds: the largest d with base^d <= 2^32, one for a base of 2^32 or less."""
+    count = 1
+    while max(2, base) ** (count + 1) <= 1 << _WORD_BITS:
+        count += 1
+    return count
+
+
+def digits(name: str, values: Array, base: int, *, flat: bool = False) -> Form:
+    """`values`, n integers below `base`, as INT64 in their order: (n,), or unless `flat` (words, digits a word)."""
+    base = max(2, base)
+    per_word = digits_per_word(base)
+    powers = np.array([base**i for i in range(per_word)], np.int64)
+    padded = np.zeros(-(-values.size // per_word) * per_word, np.int64)
+    padded[: values.size] = values
+    words = (padded.reshape(-1, per_word) * powers).sum(axis=1, keepdims=True).astype(np.uint32)
+    constants = {f"{name}:words": words, f":powers_{base}": powers[None], f":int_{base}": np.array(base)}
+    exact = padded.size == values.size
+    nodes = [
+        helper.make_node("Cast", [f"{name}:words"], [f"{name}:int"], to=onnx.TensorProto.INT64),
+        helper.make_node("Div", [f"{name}:int", f":powers_{base}"], [f"{name}:div"]),
+        helper.make_node("Mod", [f"{name}:div", f":int_{base}"], [name if exact and not flat else f"{name}:mod"]),
+    ]
+    if flat or not exact:
+        constants[":list_-1"] = np.array([-1])
+        nodes.append(helper.make_node("Reshape", [f"{name}:mod", ":list_-1"], [name if exact else f"{name}:all"]))
+    if not exact:
+        constants |= {":list_0": np.array([0]), f"{name}:size": np.array([values.size])}
+        nodes.append(helper.make_node("Slice", [f"{name}:all", ":list_0", f"{name}:size"], [name]))
+    return Form("digits", tuple(nodes), constants)
+
+
+def write(
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str], path: Path
+) -> dict[str, Any]:
+    """What the manifest says of the written file: opset, inputs, outputs, form of each weight, bytes without forms.
+
+    `module` is in eval mode on the CPU; `inputs` are example tensors of two or more examples along the first axis,
+    passed by name if `keywords`, else in order. Raises ExportError for a model that torch's exporters refuse.
+    """
+    model = _exported(module, inputs, keywords, outputs)
+    weights = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    forms = {name: smallest_form(name, values) for name, values in weights.items()}
+    forms = {name: form for name, form in forms.items() if form.kind != "plain"}
+    model = _optimized(model, forms)
+    _strip(model)
+    plain_bytes = model.ByteSize()
+    used = _insert(model.graph, forms)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise ExportError(f"the ONNX graph of {type(module).__name__} is not valid: {one_line(error)}") from error
+    return {
+        "opset": OPSET,
+        "ir_version": model.ir_version,
+        "inputs": [_described(value) for value in model.graph.input],
+        "outputs": [_described(value) for value in model.graph.output],
+        "weight_forms": {name: forms[name].kind for name in used},
+        "float32_bytes": plain_bytes,
+    }
+
+
+def _exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str]) -> Any:
+    """The model as torch writes it, every weight under its name: by torch.export, else by the older tracer."""
+    import torch
+
+    args: Any = () if keywords else tuple(inputs.values())
+    kwargs: Any = dict(inputs) if keywords else None
+    common: dict[str, Any] = {
+        "kwargs": kwargs,
+        "input_names": list(inputs),
+        "output_names": outputs,
+        "opset_version": OPSET,
+        "verbose": False,
+    }
+    batch = {name: {0: "batch"} for name in inputs}
+    errors: list[Exception] = []
+    with quiet():
+        try:
+            shapes: Any = batch if keywords else tuple(batch.values())
+            program = torch.onnx.export(module, args, dynamo=True, optimize=False, dynamic_shapes=shapes, **common)
+            if program is not None and all(
+                _described(value)["shape"][0] == "batch" for value in program.model_proto.graph.input
+            ):
+                return program.model_proto
+        except Exception as error:  # the exporter raises whatever the model's own code raises, too
+            errors.append(error)
+        try:
+            file = BytesIO()
+            axes = batch | {name: {0: "batch"} for name in outputs}
+            torch.onnx.export(module, args, file, dynamo=False, do_constant_folding=False, dynamic_axes=axes, **common)
+            return onnx.load_from_string(file.getvalue())
+        except Exception as error:
+            errors.append(error)
+    raise ExportError(f"{type(module).__name__} cannot be exported to ONNX: {one_line(errors[0])}") from errors[0]
+
+
+def _optimized(model: Any, forms: Mapping[str, Form]) -> Any:
+    """The model simplified, with no constant folding through the weights of `forms`.
+
+    They are inputs of the graph while it is simplified: else a BatchNorm is folded into its Conv, which
+    would turn a weight of few values into one of many.
+    """
+    from onnxscript import optimizer
+
+    kept = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in forms}
+    _replace(model.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name not in kept])
+    for tensor in kept.values():
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    with quiet():
+        model = optimizer.optimize(model)
+    _replace(model.graph.input, [value for value in model.graph.input if value.name not in kept])
+    used = set(_names_read(model.graph))
+    model.graph.initializer.extend(tensor for name, tensor in kept.items() if name in used)
+    return model
+
+
+def _insert(graph: Any, forms: Mapping[str, Form]) -> list[str]:
+    """Puts the forms in the place of their initializers; the names of those that were there."""
+    names = [tensor.name for tensor in graph.initializer if tensor.name in forms]
+    constants: dict[str, Array] = {}
+    for name in names:
+        constants |= forms[name].constants
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in forms])
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    _replace(graph.node, [*(node for name in names for node in forms[name].nodes), *graph.node])
+    return names
+
+
+def _strip(model: Any) -> None:
+    """Takes out what the exporter writes about the machine and the source, and what can be inferred."""
+    model.doc_string = model.graph.doc_string = ""
+    model.producer_name, model.producer_version = "autocompress", ""
+    model.graph.name = "model"
+    model.ir_version = helper.find_min_ir_version_for(list(model.opset_import))
+    del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
+    for graph in _graphs(model.graph):
+        del graph.value_info[:]
+        for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+            item.doc_string = ""
+            del item.metadata_props[:]
+        for node in graph.node:
+            node.name = ""
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """The graph and those inside its control-flow nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
+def _names_read(graph: Any) -> Iterator[str]:
+    for part in _graphs(graph):
+        for node in part.node:
+            yield from node.input
+        yield from (value.name for value in part.output)
+
+
+def _replace(field: Any, items: list[Any]) -> None:
+    """Sets a repeated field of a protobuf message."""
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)
+
+
+def _described(value: Any) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return {"name": value.name, "shape": shape, "dtype": str(helper.tensor_dtype_to_np_dtype(kind.elem_type))}

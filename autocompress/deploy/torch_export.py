@@ -1,0 +1,70 @@
+"""torch.export files (.pt2) with a dynamic batch size.
+
+`torch.export.load` runs code that such a file may hold, so it is for files of one's own: check the
+sha256 of the manifest before loading one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress.errors import ExportError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def write(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, path: Path) -> None:
+    """Writes `module` (in eval mode, on the CPU) as a torch.export file, its weights as they are.
+
+    `inputs` are example tensors of two or more examples along the first axis, passed by name if `keywords`, else
+    in order. The file keeps neither them nor the source positions that torch notes for each operator.
+    Raises ExportError for a model that torch.export refuses.
+    """
+    import torch
+
+    batch = {name: {0: torch.export.Dim("batch", min=1)} for name in inputs}
+    with quiet():
+        try:
+            program = torch.export.export(
+                module,
+                () if keywords else tuple(inputs.values()),
+                dict(inputs) if keywords else None,
+                dynamic_shapes=batch if keywords else tuple(batch.values()),
+                strict=False,
+            )
+            program.example_inputs = None  # type: ignore[assignment]  # what torch itself sets where there are none
+            for node in program.graph.nodes:
+                node.meta.pop("stack_trace", None)
+            torch.export.save(program, path)
+        except Exception as error:  # torch.export raises whatever the model's own code raises, too
+            raise ExportError(
+                f"{type(module).__name__} cannot be exported by torch.export: {one_line(error)}"
+            ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error that says something, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps warnings and log lines of torch's and onnxscript's exporters from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

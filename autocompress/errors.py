@@ -1,0 +1,49 @@
+"""The exceptions that autocompress raises for what a user can mend."""
+
+
+class AutocompressError(Exception):
+    """Base of every error raised on purpose; its text is one line for a user."""
+
+    exit_code = 1
+
+
+class UsageError(AutocompressError):
+    """A user's mistake: a wrong name, value, file or option (exit code 2)."""
+
+    exit_code = 2
+
+
+class TaskError(UsageError):
+    """A task that cannot be loaded, or does not keep the contract of `Task`."""
+
+
+class SpaceError(UsageError):
+    """A search space that is malformed or does not fit the model."""
+
+
+class PlanError(UsageError):
+    """A plan that the model's layers cannot carry out."""
+
+
+class DataMissing(UsageError):
+    """A data set that is not in any of the folders looked at."""
+
+
+class StudyError(UsageError):
+    """A study that does not exist, is occupied, or belongs to something else."""
+
+
+class ArtifactError(AutocompressError):
+    """A compressed file that is damaged, hostile, or not for this model."""
+
+
+class TrialFailed(AutocompressError):
+    """A trial that could not finish, such as one whose loss became NaN."""
+
+
+class ExportError(AutocompressError):
+    """An export that could not be made, or that did not pass its verification."""
+
+
+class TrackingError(AutocompressError):
+    """A tracking store that cannot be reached or written."""

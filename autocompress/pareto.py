@@ -1,0 +1,84 @@
+"""Non-dominated sorting, hypervolume and the knee point. Everything is minimised.
+
+`points` is always an array of shape (n, m): n points, m objectives, finite numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def dominates(points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """An (n, n) table: entry [i, j] is true where point i is at most j everywhere, below somewhere."""
+    no_worse = (points[:, None, :] <= points[None, :, :]).all(axis=2)
+    better = (points[:, None, :] < points[None, :, :]).any(axis=2)
+    return no_worse & better
+
+
+def nondominated_rank(points: ArrayLike) -> NDArray[np.int64]:
+    """The rank of each point, in the order given: 0 on the front, 1 on the front of the rest, ..."""
+    values = _as_points(points)
+    beats = dominates(values)
+    ranks = np.full(len(values), -1, dtype=np.int64)
+    rank = 0
+    while (left := ranks < 0).any():
+        beaten = beats[left].any(axis=0)
+        ranks[left & ~beaten] = rank
+        rank += 1
+    return ranks
+
+
+def front(points: ArrayLike) -> NDArray[np.int64]:
+    """Indices of the non-dominated points, the first of equal ones only, by rising first objective."""
+    values = _as_points(points)
+    if not len(values):
+        return np.empty(0, dtype=np.int64)
+    _, first = np.unique(values, axis=0, return_index=True)
+    beaten = dominates(values[first]).any(axis=0)
+    chosen: NDArray[np.int64] = first[~beaten].astype(np.int64)
+    return chosen
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """The area dominated by two-objective points, up to the reference point.
+
+    Zitzler & Thiele 1999; for two objectives a sum of rectangles along the front.
+    Points that do not lie below the reference add nothing.
+    """
+    values, limit = _as_points(points), np.asarray(reference, dtype=np.float64)
+    if limit.shape != (2,) or (len(values) and values.shape[1] != 2):
+        raise ValueError(f"two objectives are needed, reference has shape {limit.shape}")
+    values = values[(values < limit).all(axis=1)]
+    area, ceiling = 0.0, float(limit[1])
+    for x, y in values[front(values)]:
+        area += (limit[0] - x) * (ceiling - y)
+        ceiling = float(y)
+    return float(area)
+
+
+def knee(points: ArrayLike) -> int:
+    """The index of the point farthest below the line between the two ends of a two-objective front.
+
+    Both objectives are scaled to 0..1 over the front first (Das 1999). With one or two points
+    on the front, the one with the smallest sum of scaled objectives, the first on a tie.
+    """
+    values = _as_points(points)
+    if not len(values):
+        raise ValueError("a knee needs at least one point")
+    chosen = front(values)
+    on_front = values[chosen]
+    low, high = on_front.min(axis=0), on_front.max(axis=0)
+    scaled = (on_front - low) / np.where(high > low, high - low, 1.0)
+    return int(chosen[np.argmin(scaled.sum(axis=1))])
+
+
+def _as_points(points: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(points, dtype=np.float64)
+    if values.size == 0:
+        return values.reshape(0, 2)
+    if values.ndim != 2:
+        raise ValueError(f"points must have shape (n, m), not {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("points must be finite")
+    return values

@@ -1,0 +1,218 @@
+"""What a trial is asked to do and what it gives: layers, plans, recipes, measurements.
+
+Everything here is frozen, pure Python, and survives a JSON round trip unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autocompress.errors import PlanError
+
+SCHEMES = ("channel", "spatial")
+QUANTIZERS = ("codebook", "uniform")
+FLOAT_BITS = 32
+BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
+"""1 to 8: that many bits of code into a table; 16: bfloat16; 32: the weights as they are."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One compressible weight, as found in the model.
+
+    `name` is the dotted path of the (first) module that owns the weight, "" for a model that
+    is a bare layer; `shape` is the weight's, output channels first; `macs` counts the
+    multiply-accumulates of one example, over every module that uses the weight;
+    `shared_with` names the other modules that use the same tensor; `factorable` is false where
+    only the whole weight can stand (grouped convolutions, shared weights, weights that a parent
+    module reads by itself) and `whole_because` then says why.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    macs: int
+    groups: int = 1
+    shared_with: tuple[str, ...] = ()
+    factorable: bool = True
+    whole_because: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name that users see: the module path, or "model" for a bare layer."""
+        return self.name or "model"
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The factorisations that this layer allows; the first is the default."""
+        if not self.factorable:
+            return ()
+        return SCHEMES if self.kind == "conv2d" else SCHEMES[:1]
+
+    def matrix(self, scheme: str = "channel") -> tuple[int, int]:
+        """Rows and columns of the matrix whose rank the scheme limits.
+
+        channel: out x (in * kernel). spatial (Jaderberg et al. 2014, arXiv 1405.3866):
+        (in * kernel height) x (out * kernel width).
+        """
+        out, *rest = self.shape
+        if scheme == "channel":
+            return out, math.prod(rest)
+        inner, height, width = rest
+        return inner * height, out * width
+
+    def full_rank(self, scheme: str = "channel") -> int:
+        """The rank of an unconstrained weight, at least 1."""
+        return max(1, min(self.matrix(scheme)))
+
+    def max_rank(self, scheme: str = "channel") -> int:
+        """The largest rank whose two factors hold fewer weights than the layer; 0 if none does."""
+        if scheme not in self.schemes:
+            return 0
+        rows, columns = self.matrix(scheme)
+        return max(0, (rows * columns - 1) // (rows + columns))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
+        data = dict(value)
+        return cls(**data | {"shape": tuple(data["shape"]), "shared_with": tuple(data["shared_with"])})
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer.
+
+    `rank` None keeps the layer whole. `threshold` counts in standard deviations of the layer's
+    weights: what lies below is pruned. `bits` is one of `BIT_WIDTHS`.
+    """
+
+    rank: int | None = None
+    bits: int = FLOAT_BITS
+    threshold: float = 0.0
+    scheme: str = "channel"
+    quantizer: str = "codebook"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What holds for a whole trial.
+
+    `epochs` of finetuning over the training data (fractions allowed), Adam's `learning_rate`,
+    and the weight of `distillation` from the uncompressed model, 0 (none) to 1 (nothing else).
+    """
+
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    distillation: float = 0.5
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A `LayerPlan` for each layer, by name, and a recipe."""
+
+    layers: Mapping[str, LayerPlan]
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "recipe": self.recipe.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        layers = {name: LayerPlan(**layer) for name, layer in value["layers"].items()}
+        return cls(layers, Recipe(**value["recipe"]))
+
+    def key(self) -> str:
+        """A text that is equal for equal plans, whatever the order of their layers."""
+        import json
+
+        return json.dumps(self.to_json(), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a trial gives at one rung.
+
+    `epoch` counts finetuning so far, `size_bytes` is the length of the artifact, `metric_val`
+    the task's metric on the validation split by the model that the artifact decodes to, `macs`
+    the multiply-accumulates of one example, `seconds` the time since the trial began.
+    """
+
+    rung: int
+    epoch: float
+    size_bytes: int
+    metric_val: float
+    macs: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Measurement:
+        return cls(**value)
+
+
+def uncompressed(specs: Iterable[LayerSpec]) -> Plan:
+    """The plan that changes nothing and finetunes nothing: trial 0 of each study."""
+    return Plan({spec.name: LayerPlan() for spec in specs}, Recipe(epochs=0.0, distillation=0.0))
+
+
+def check(plan: Plan, specs: Iterable[LayerSpec]) -> None:
+    """Raise `PlanError`, naming layer, value and allowed range, unless the layers can carry it out."""
+    by_name = {spec.name: spec for spec in specs}
+    for name in plan.layers.keys() - by_name.keys():
+        raise PlanError(f"plan names layer {name!r}, which is not one of {sorted(by_name)}")
+    for name, spec in by_name.items():
+        if name not in plan.layers:
+            raise PlanError(f"plan has no entry for layer {name!r}")
+        _check_layer(plan.layers[name], spec)
+    recipe = plan.recipe
+    _within("recipe", "epochs", recipe.epochs, 0.0, math.inf)
+    _within("recipe", "distillation", recipe.distillation, 0.0, 1.0)
+    if not (recipe.learning_rate > 0 and math.isfinite(recipe.learning_rate)):
+        raise PlanError(f"recipe: learning_rate is {recipe.learning_rate}, allowed: above 0")
+
+
+def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
+    where = f"layer {spec.label!r}"
+    if plan.bits not in BIT_WIDTHS:
+        raise PlanError(f"{where}: bits is {plan.bits}, allowed: {', '.join(map(str, BIT_WIDTHS))}")
+    if plan.quantizer not in QUANTIZERS:
+        raise PlanError(f"{where}: quantizer is {plan.quantizer!r}, allowed: {', '.join(QUANTIZERS)}")
+    _within(where, "threshold", plan.threshold, 0.0, math.inf)
+    if plan.rank is None:
+        return
+    if not spec.factorable:
+        raise PlanError(f"{where}: rank is {plan.rank}, allowed: full only ({spec.whole_because})")
+    if plan.scheme not in spec.schemes:
+        raise PlanError(f"{where}: scheme is {plan.scheme!r}, allowed: {', '.join(spec.schemes)}")
+    highest = spec.max_rank(plan.scheme)
+    if not 1 <= plan.rank <= highest:
+        allowed = f"1 to {highest}, or full" if highest else "full only (two factors would be larger)"
+        raise PlanError(f"{where}: rank is {plan.rank}, allowed: {allowed}")
+
+
+def _within(where: str, what: str, value: float, low: float, high: float) -> None:
+    if not (low <= value <= high) or math.isinf(value):
+        allowed = f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}"
+        raise PlanError(f"{where}: {what} is {value}, allowed: {allowed}")

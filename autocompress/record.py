@@ -1,0 +1,269 @@
+"""A study as a value: what was asked, every trial, and the Pareto front.
+
+Read from the Optuna study by `search.study`, shown by `tracking`, `report` and the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from autocompress import pareto
+from autocompress.errors import UsageError
+from autocompress.plan import LayerSpec, Measurement, Plan
+
+STATES = ("running", "complete", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a user asks of a plan: a metric limit, a size limit, either or both."""
+
+    max_drop: str | float | None = None
+    max_size: str | int | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial. `measurements` are in rung order; the best of them by validation counts.
+
+    `complete` trials went through their last rung, `stopped` ones were ended at an earlier rung
+    and hold what they reached, `failed` ones say why in `error`. `artifact` is a path relative
+    to the records folder, None unless the trial is on the front or the baseline.
+    """
+
+    number: int
+    state: str
+    plan: Plan
+    seed: int
+    measurements: tuple[Measurement, ...] = ()
+    best: Measurement | None = None
+    metric_test: float | None = None
+    artifact: str | None = None
+    sha256: str | None = None
+    parent: int | None = None
+    error: str | None = None
+    seconds: float = 0.0
+    origin: str = "sampler"
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study: its settings, its trials by number, and what follows from them.
+
+    `task` is what the user named (a built-in name, "module:function", "file.py:function"),
+    `metric` the metric's name, `baseline_bytes` the model's float32 state as a safetensors file,
+    `asked` how many trials were asked for, `space` the search space as it was read, `versions`
+    those of the packages that matter, `tracking` the MLflow tracking URI, experiment and run.
+    """
+
+    study: str
+    task: str
+    metric: str
+    direction: str
+    seed: int
+    baseline_bytes: int
+    layers: tuple[LayerSpec, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
+    asked: int = 0
+    command: str = ""
+    created: str = ""
+    space: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    tracking_uri: str | None = None
+    experiment_id: str | None = None
+    run_id: str | None = None
+    sampler: str = "tpe"
+    workers: int = 1
+
+    @property
+    def sign(self) -> float:
+        """+1 where the metric is minimised, -1 where it is maximised."""
+        return 1.0 if self.direction == "minimize" else -1.0
+
+    @cached_property
+    def measured(self) -> tuple[TrialRecord, ...]:
+        """The trials that have a result, by number."""
+        return tuple(t for t in self.trials if t.best is not None and t.state in ("complete", "stopped"))
+
+    @cached_property
+    def baseline(self) -> TrialRecord | None:
+        """Trial 0, the uncompressed model, once it is measured."""
+        return next((t for t in self.measured if t.number == 0), None)
+
+    @cached_property
+    def front(self) -> tuple[TrialRecord, ...]:
+        """The non-dominated trials by rising size; the earlier one of equals."""
+        points = [self._objectives(t) for t in self.measured]
+        return tuple(self.measured[i] for i in pareto.front(points))
+
+    def count(self, state: str) -> int:
+        """How many trials are in that state."""
+        return sum(t.state == state for t in self.trials)
+
+    def ratio(self, trial: TrialRecord) -> float:
+        """How many times smaller than the float32 model the trial's file is."""
+        assert trial.best is not None
+        return self.baseline_bytes / trial.best.size_bytes
+
+    def hypervolume(self, upto: int | None = None) -> float:
+        """Hypervolume of the trials with numbers up to `upto` (all when None), in octaves.
+
+        Objectives: log2(size / baseline size), and the metric's loss against the baseline, in
+        units of the baseline's metric (its absolute value, or 1 where that is 0). Reference
+        point: (0, 1), that is the baseline's size with a metric of zero (or of twice the
+        baseline's where it is minimised). 5.0 would be a lossless 32x. 0 before trial 0 is measured.
+        """
+        if self.baseline is None:
+            return 0.0
+        points = [
+            (-math.log2(self.ratio(t)), self.relative_drop(t))
+            for t in self.measured
+            if upto is None or t.number <= upto
+        ]
+        return pareto.hypervolume(points, (0.0, 1.0))
+
+    def drop(self, trial: TrialRecord) -> float:
+        """How much worse than the baseline's the trial's validation metric is, in the metric's units."""
+        assert trial.best is not None and self.baseline is not None and self.baseline.best is not None
+        return self.sign * (trial.best.metric_val - self.baseline.best.metric_val)
+
+    def relative_drop(self, trial: TrialRecord) -> float:
+        """`drop` in units of the baseline's metric."""
+        assert self.baseline is not None and self.baseline.best is not None
+        return self.drop(trial) / (abs(self.baseline.best.metric_val) or 1.0)
+
+    def knee(self) -> TrialRecord:
+        """The front's knee point, sizes on a logarithmic scale. Raises UsageError on an empty front."""
+        self._require_front()
+        points = [(math.log2(t.best.size_bytes), self.sign * t.best.metric_val) for t in self.front if t.best]
+        return self.front[pareto.knee(points)]
+
+    def best(self) -> TrialRecord:
+        """The front's point with the best validation metric. Raises UsageError on an empty front."""
+        self._require_front()
+        return self.front[-1]
+
+    def within(self, max_drop: float | None = None, max_size: int | None = None) -> tuple[TrialRecord, ...]:
+        """The front's points whose drop (metric units) and size (bytes) are within the limits."""
+        return tuple(
+            t
+            for t in self.front
+            if (max_drop is None or self.drop(t) <= max_drop + 1e-12)
+            and (max_size is None or (t.best is not None and t.best.size_bytes <= max_size))
+        )
+
+    def nearest(self, max_drop: float | None = None, max_size: int | None = None) -> TrialRecord:
+        """The front's point that misses the limits by the least: relative excess of size plus drop."""
+        self._require_front()
+
+        def excess(trial: TrialRecord) -> float:
+            assert trial.best is not None
+            over = 0.0
+            if max_drop is not None:
+                scale = abs(max_drop) or abs(self.drop(self.front[-1])) or 1.0
+                over += max(0.0, self.drop(trial) - max_drop) / scale
+            if max_size is not None:
+                over += max(0.0, trial.best.size_bytes / max_size - 1)
+            return over
+
+        return min(self.front, key=excess)
+
+    def metric_limit(self, max_drop: str | float | None) -> float | None:
+        """`max_drop` in the metric's units. "1%" is a point (0.01) for a metric that is a fraction
+        to be maximised, else one per cent of the baseline's metric; a number is in metric units.
+        Raises UsageError where it is neither."""
+        if max_drop is None:
+            return None
+        number, percent = parse_drop(max_drop)
+        if not percent:
+            return number
+        base = self.baseline.best.metric_val if self.baseline and self.baseline.best else 1.0
+        is_fraction = self.direction == "maximize" and 0 <= base <= 1
+        return number if is_fraction else number * abs(base)
+
+    def to_front_json(self) -> dict[str, Any]:
+        """What `autocompress front --json` prints; plain JSON types, None where not known."""
+        base = self.baseline
+        return {
+            "study": self.study,
+            "task": self.task,
+            "metric": self.metric,
+            "direction": self.direction,
+            "seed": self.seed,
+            "trials": {state: self.count(state) for state in ("complete", "stopped", "failed")},
+            "baseline": {
+                "size_bytes": self.baseline_bytes,
+                "metric_val": base.best.metric_val if base and base.best else None,
+                "metric_test": base.metric_test if base else None,
+            },
+            "hypervolume": self.hypervolume(),
+            "tracking_uri": self.tracking_uri,
+            "run_id": self.run_id,
+            "front": [self._point_json(t) for t in self.front],
+        }
+
+    def _point_json(self, trial: TrialRecord) -> dict[str, Any]:
+        assert trial.best is not None
+        return {
+            "trial": trial.number,
+            "size_bytes": trial.best.size_bytes,
+            "ratio": self.ratio(trial),
+            "metric_val": trial.best.metric_val,
+            "metric_test": trial.metric_test,
+            "macs": trial.best.macs,
+            "artifact": trial.artifact,
+            "plan": trial.plan.to_json()["layers"],
+            "recipe": trial.plan.recipe.to_json(),
+        }
+
+    def _objectives(self, trial: TrialRecord) -> tuple[float, float]:
+        assert trial.best is not None
+        return float(trial.best.size_bytes), self.sign * trial.best.metric_val
+
+    def _require_front(self) -> None:
+        if not self.front:
+            raise UsageError(f"study {self.study!r} has no finished trial yet")
+
+
+def parse_drop(text: str | float) -> tuple[float, bool]:
+    """("1%" -> (0.01, True)), (0.01 -> (0.01, False)). Raises UsageError for anything else."""
+    raw = str(text).strip()
+    percent = raw.endswith("%")
+    try:
+        number = float(raw.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise UsageError(f"max-drop is {text!r}, allowed: a percentage such as 1% or a number such as 0.01, 0 or more")
+    return (number / 100, True) if percent else (number, False)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "50KB", "1.5MB", "800B", 800. KB and MB are 1000s, KiB and MiB 1024s."""
+    units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "b": 1, "": 1}
+    raw = str(text).strip().lower()
+    digits = raw.rstrip("bikmg ")
+    unit = raw[len(digits) :].strip()
+    try:
+        size = float(digits) * units[unit]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not (math.isfinite(size) and size >= 1):
+        raise UsageError(f"max-size is {text!r}, allowed: bytes such as 50KB, 1.5MB or 800")
+    return int(size)
+
+
+def name_points(record: StudyRecord) -> Iterable[tuple[str, TrialRecord]]:
+    """The front's points worth naming: the smallest, the knee, the best; each once."""
+    if not record.front:
+        return []
+    named = [("smallest", record.front[0]), ("knee", record.knee()), ("best", record.best())]
+    seen: dict[int, tuple[str, TrialRecord]] = {}
+    for name, trial in reversed(named):
+        seen[trial.number] = (name, trial)
+    return list(seen.values())[::-1]

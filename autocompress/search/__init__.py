@@ -1,0 +1,1 @@
+"""Decisions: which plan to try next, which trial to stop."""

@@ -1,0 +1,363 @@
+"""The study on disk: an Optuna study that holds every trial, and the proposals that follow from it.
+
+The sampler works on a copy of the study in memory; the study on disk (SQLite in WAL mode) gets a
+row when a trial starts and its result when it ends, each in one transaction. Trials that were
+running when a process died are proposed again under their number, so that nothing is lost and
+nothing is done twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocompress.errors import StudyError, UsageError
+from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
+from autocompress.record import StudyRecord, TrialRecord
+from autocompress.search.samplers import make_sampler
+from autocompress.search.space import Space
+
+if TYPE_CHECKING:
+    import optuna
+
+_SETTINGS, _TESTS, _TRACKING = "autocompress", "autocompress.tests", "autocompress.tracking"
+_STUDY_NAME = "study"
+_RETRIES = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for a whole study; plain JSON types apart from the layers.
+
+    `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
+    `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
+    """
+
+    study: str
+    task: str
+    metric: str
+    direction: str
+    seed: int
+    sampler: str
+    baseline_bytes: int
+    layers: tuple[LayerSpec, ...]
+    space: Mapping[str, Any]
+    fingerprint: Mapping[str, str]
+    epochs: float
+    rungs: tuple[float, ...]
+    steps: int
+    command: str = ""
+    created: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Settings:
+        layers = tuple(LayerSpec.from_json(layer) for layer in value["layers"])
+        return cls(**{**value, "layers": layers, "rungs": tuple(value["rungs"])})
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to run: its number, plan, seed, and what proposed it."""
+
+    number: int
+    plan: Plan
+    seed: int
+    origin: str
+
+
+class StudyStore:
+    """One study on disk. Make one with `create` or `open`; `propose` needs `begin` first."""
+
+    def __init__(self, file: Path, study: optuna.Study) -> None:
+        self.file = file
+        self._disk = study
+        self._storage = study._storage
+        attributes = study.user_attrs
+        self.settings = Settings.from_json(attributes[_SETTINGS])
+        self.asked = int(attributes.get("asked", 0))
+        self.workers = int(attributes.get("workers", 1))
+        self._tests: dict[str, float] = dict(attributes.get(_TESTS, {}))
+        self._tracking: dict[str, Any] = dict(attributes.get(_TRACKING, {}))
+        self._trials: dict[int, TrialRecord] = {}
+        self._ids: dict[int, int] = {}
+        self._read()
+
+    @classmethod
+    def create(cls, file: Path, settings: Settings) -> StudyStore:
+        """A new study. Raises StudyError where the file exists or cannot be written."""
+        if file.exists():
+            raise StudyError(f"study {settings.study!r} exists already in {file.parent}")
+        with _disk_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            study = _connect(file, settings.direction)
+            study.set_user_attr(_SETTINGS, settings.to_json())
+            return cls(file, study)
+
+    @classmethod
+    def open(cls, file: Path) -> StudyStore:
+        """A study that exists. Raises StudyError where it does not, or is no study of ours."""
+        if not file.is_file():
+            raise StudyError(f"no study in {str(file.parent)!r}")
+        with _disk_errors(file):
+            study = _connect(file, None)
+            if _SETTINGS not in study.user_attrs:
+                raise StudyError(f"{file} is not a study of autocompress")
+            return cls(file, study)
+
+    def begin(self, space: Space, ladder: Sequence[Mapping[str, float]], asked: int, workers: int) -> None:
+        """Get ready to propose, up to `asked` trials in all: uniform plans first, then the sampler's."""
+        import optuna
+
+        self.asked, self.workers, self._space = asked, workers, space
+        self._disk.set_user_attr("asked", asked)
+        self._disk.set_user_attr("workers", workers)
+        self._ladder = list(ladder)
+        self._waiting = [t for t in self._trials.values() if t.state == "running"]
+        self._seen = {t.plan.key() for t in self._trials.values()}
+        self._distributions = space.distributions()
+        sampler = make_sampler(self.settings.sampler, self.settings.seed + len(self._trials), len(ladder) + 1)
+        directions = ["minimize", self.settings.direction]
+        self._memory = optuna.create_study(directions=directions, sampler=sampler)
+        done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+        for trial in self._disk.get_trials(deepcopy=False, states=done):
+            if trial.distributions == self._distributions:
+                self._memory.add_trial(trial)
+        self._open: dict[int, optuna.Trial] = {}
+
+    def propose(self) -> Proposal | None:
+        """The next trial, noted on disk as running; None when `asked` are there or no new plan is left."""
+        if self._waiting:
+            trial = self._waiting.pop(0)
+            return Proposal(trial.number, trial.plan, trial.seed, trial.origin)
+        number = len(self._trials)
+        if number >= self.asked:
+            return None
+        found = self._baseline() if number == 0 else self._uniform() or self._sampled()
+        if found is None:
+            return None
+        plan, params, origin, asked = found
+        seed = self.settings.seed * 1_000_003 + number
+        self._store(number, plan, params, seed, origin, asked)
+        return Proposal(number, plan, seed, origin)
+
+    def finish(
+        self,
+        number: int,
+        measurements: Sequence[Measurement],
+        *,
+        state: str,
+        sha256: str | None = None,
+        error: str | None = None,
+        seconds: float = 0.0,
+    ) -> TrialRecord:
+        """Note how a trial ended ("complete", "stopped" or "failed"). The best rung by validation counts."""
+        import optuna
+
+        best = self._best(measurements)
+        if best is None and state != "failed":
+            raise ValueError(f"trial {number} ended as {state} without a measurement")
+        failed = state == "failed"
+        result = {
+            "state": state,
+            "measurements": [m.to_json() for m in measurements],
+            "best": None if best is None or failed else best.rung,
+            "sha256": sha256,
+            "error": error,
+            "seconds": seconds,
+        }
+        values = None if failed or best is None else [float(best.size_bytes), best.metric_val]
+        status = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
+        with _disk_errors(self.file):
+            self._storage.set_trial_user_attr(self._ids[number], "result", result)
+            self._storage.set_trial_state_values(self._ids[number], state=status, values=values)
+        if number in self._open:
+            self._memory.tell(self._open.pop(number), values, state=status)
+        elif values is not None:
+            self._remember(number, values)
+        self._trials[number] = _with_result(self._trials[number], result)
+        return self._trials[number]
+
+    def note_tests(self, metrics: Mapping[int, float]) -> None:
+        """Add the test metrics of trials, by number."""
+        self._tests |= {str(n): value for n, value in metrics.items()}
+        with _disk_errors(self.file):
+            self._disk.set_user_attr(_TESTS, self._tests)
+
+    def note_tracking(self, uri: str | None, experiment_id: str | None = None, run_id: str | None = None) -> None:
+        """Note where the study is shown in MLflow."""
+        self._tracking = {"uri": uri, "experiment_id": experiment_id, "run_id": run_id}
+        with _disk_errors(self.file):
+            self._disk.set_user_attr(_TRACKING, self._tracking)
+
+    def record(self) -> StudyRecord:
+        """The study as it is now. `artifact` of the front's members and trial 0 is relative to the study's folder."""
+        s = self.settings
+        trials = tuple(self._trials[n] for n in sorted(self._trials))
+        trials = tuple(replace(t, metric_test=self._tests.get(str(t.number))) for t in trials)
+        record = StudyRecord(
+            study=s.study,
+            task=s.task,
+            metric=s.metric,
+            direction=s.direction,
+            seed=s.seed,
+            baseline_bytes=s.baseline_bytes,
+            layers=s.layers,
+            trials=trials,
+            asked=self.asked,
+            command=s.command,
+            created=s.created,
+            space=s.space,
+            versions=s.versions,
+            fingerprint=s.fingerprint,
+            tracking_uri=self._tracking.get("uri"),
+            experiment_id=self._tracking.get("experiment_id"),
+            run_id=self._tracking.get("run_id"),
+            sampler=s.sampler,
+            workers=self.workers,
+        )
+        kept = {t.number for t in record.front} | {0}
+        trials = tuple(
+            replace(t, artifact=artifact_name(t.number)) if t.number in kept and t.best is not None else t
+            for t in trials
+        )
+        return replace(record, trials=trials)
+
+    def _best(self, measurements: Sequence[Measurement]) -> Measurement | None:
+        sign = 1.0 if self.settings.direction == "minimize" else -1.0
+        return min(measurements, key=lambda m: (sign * m.metric_val, m.size_bytes), default=None)
+
+    def _baseline(self) -> tuple[Plan, dict[str, float], str, Any]:
+        """Trial 0. Its parameters are the mildest that the space holds, so that samplers can use it."""
+        mildest = dict(self._ladder[0]) if self._ladder else self._space.clip({})
+        return uncompressed(self.settings.layers), mildest, "baseline", None
+
+    def _uniform(self) -> tuple[Plan, dict[str, float], str, Any] | None:
+        while self._ladder:
+            params = dict(self._ladder.pop(0))
+            plan = self._space.plan(params, self.settings.epochs)
+            if plan.key() not in self._seen:
+                return plan, params, "ladder", None
+        return None
+
+    def _sampled(self) -> tuple[Plan, dict[str, float], str, Any] | None:
+        """A plan that was not tried yet, by the sampler; at random when the sampler only repeats itself."""
+        import optuna
+
+        random = optuna.samplers.RandomSampler(seed=(self.settings.seed + len(self._trials)) % 2**32)
+        usual = self._memory.sampler
+        try:
+            for attempt in range(_RETRIES):
+                if attempt == _RETRIES // 10:
+                    self._memory.sampler = random
+                trial = self._memory.ask(self._distributions)
+                plan = self._space.plan(trial.params, self.settings.epochs)
+                if plan.key() not in self._seen:
+                    return plan, dict(trial.params), "sampler", trial
+                self._memory.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return None
+        finally:
+            self._memory.sampler = usual
+
+    def _store(self, number: int, plan: Plan, params: Mapping[str, float], seed: int, origin: str, asked: Any) -> None:
+        import optuna
+
+        system = dict(self._memory.trials[asked.number].system_attrs) if asked is not None else {}
+        started = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params=dict(params),
+            distributions=self._distributions,
+            user_attrs={"plan": plan.to_json(), "seed": seed, "origin": origin},
+            system_attrs=system,
+        )
+        started.datetime_start = dt.datetime.now()
+        with _disk_errors(self.file):
+            self._ids[number] = self._storage.create_new_trial(self._disk._study_id, template_trial=started)
+        if asked is not None:
+            self._open[number] = asked
+        self._seen.add(plan.key())
+        self._trials[number] = TrialRecord(number, "running", plan, seed, origin=origin)
+
+    def _remember(self, number: int, values: list[float]) -> None:
+        """Tell the sampler of a trial that it did not propose itself."""
+        import optuna
+
+        frozen = self._storage.get_trial(self._ids[number])
+        if frozen.distributions == self._distributions:
+            self._memory.add_trial(
+                optuna.trial.create_trial(values=values, params=frozen.params, distributions=frozen.distributions)
+            )
+
+    def _read(self) -> None:
+        for trial in self._disk.get_trials(deepcopy=False):
+            attributes = trial.user_attrs
+            if "plan" not in attributes:
+                continue
+            plan = Plan.from_json(attributes["plan"])
+            record = TrialRecord(
+                trial.number, "running", plan, attributes["seed"], origin=attributes.get("origin", "sampler")
+            )
+            ended = trial.state.is_finished() and "result" in attributes
+            self._trials[trial.number] = _with_result(record, attributes["result"]) if ended else record
+            self._ids[trial.number] = trial._trial_id
+
+
+def artifact_name(number: int) -> str:
+    """The file name of a trial's artifact."""
+    return f"trial-{number:04d}.acz"
+
+
+def _with_result(trial: TrialRecord, result: Mapping[str, Any]) -> TrialRecord:
+    measurements = tuple(Measurement.from_json(m) for m in result["measurements"])
+    return replace(
+        trial,
+        state=result["state"],
+        measurements=measurements,
+        best=next((m for m in measurements if m.rung == result["best"]), None),
+        sha256=result["sha256"],
+        error=result["error"],
+        seconds=result["seconds"],
+    )
+
+
+def _connect(file: Path, direction: str | None) -> optuna.Study:
+    """The Optuna study in the file, made when a direction is given. WAL mode: a commit costs no fsync."""
+    import optuna
+    from sqlalchemy import event
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 30}})
+
+    @event.listens_for(storage.engine, "connect")
+    def _set_pragmas(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    storage.engine.dispose()
+    if direction is None:
+        return optuna.load_study(study_name=_STUDY_NAME, storage=storage)
+    return optuna.create_study(study_name=_STUDY_NAME, storage=storage, directions=["minimize", direction])
+
+
+@contextlib.contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
+    """One clear line for a folder that cannot be written and a file that is no study."""
+    import sqlalchemy.exc
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        yield
+    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError, KeyError) as error:
+        cause = error.__cause__ or error
+        text = str(getattr(cause, "orig", cause)).splitlines()[0]
+        raise StudyError(f"study file {str(file)!r} cannot be used: {text}") from error
+    except OSError as error:
+        raise UsageError(f"folder {str(file.parent)!r} cannot be used: {error.strerror or error}") from error

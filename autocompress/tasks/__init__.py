@@ -1,0 +1,1 @@
+"""Tasks: a trained model with its data, loss and metric."""

@@ -1,0 +1,50 @@
+"""The networks of the built-in tasks: untrained, plain `nn.Sequential` trees of standard layers.
+
+All take float32 images, (N, 1, height, width), and give (N, 10) logits. `F` below is the number of
+float parameters.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def digits_net() -> nn.Sequential:
+    """A small conv net for 8 x 8 images; F = 38,282."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def lenet300() -> nn.Sequential:
+    """LeNet-300-100 for 28 x 28 images (LeCun et al. 1998); F = 266,610."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 300),
+        nn.ReLU(),
+        nn.Linear(300, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
+
+
+def lenet5() -> nn.Sequential:
+    """LeNet-5 as Caffe has it, the one of Deep Compression (arXiv 1510.00149); F = 431,080."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.ReLU(),
+        nn.Linear(500, 10),
+    )

@@ -1,0 +1,179 @@
+"""Base models of the built-in tasks: trained once, then read from the cache folder.
+
+Nothing random comes from outside: equal net, recipe and data give the same weights on the same
+machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autocompress.tasks.folders import cache_root
+
+logger = logging.getLogger("autocompress")
+
+Progress = Callable[[str], None]
+_VERSION = 1  # of `train`; a change of what it computes must raise it
+_UNUSABLE = (OSError, NotImplementedError)  # what a cache folder that cannot be used, or locked, raises
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """How a base model is trained: AdamW on a one-cycle learning rate (Smith 2018, arXiv 1803.09820).
+
+    `shift` moves each batch of images by up to that many pixels in both directions, `flip`
+    mirrors each image left to right with probability one half.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    shift: int = 0
+    flip: bool = False
+    seed: int = 0
+
+
+def base_model(
+    name: str,
+    build: Callable[[], nn.Module],
+    recipe: TrainingRecipe,
+    train_data: tuple[torch.Tensor, torch.Tensor],
+    data_version: str,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """The net that `build` makes, trained, in evaluation mode: from the cache, else trained and kept there.
+
+    Two processes at once train it once. A damaged file is trained anew and a folder that cannot
+    be written is done without, each with a warning on the `autocompress` logger.
+    """
+    say = progress or logger.info
+    key = json.dumps([_VERSION, str(_built(build, recipe.seed)), asdict(recipe), data_version])
+    path = cache_root() / "models" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    model = _read(path, build, recipe)
+    if model is not None:
+        return model
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"{name}: another process is training the base model, waiting for it")
+            lock.acquire()
+    except _UNUSABLE as error:
+        _warn_once(f"cache folder {path.parent} cannot be used ({error}); the base model is not kept")
+        return train(_built(build, recipe.seed), recipe, train_data, name, say)
+    with lock:
+        lock.release()  # `acquire` above counted once more than `with` gives back
+        model = _read(path, build, recipe)
+        if model is None:
+            model = train(_built(build, recipe.seed), recipe, train_data, name, say)
+            _write(path, model)
+    return model
+
+
+def train(
+    model: nn.Module,
+    recipe: TrainingRecipe,
+    data: tuple[torch.Tensor, torch.Tensor],
+    name: str = "model",
+    progress: Progress | None = None,
+) -> nn.Module:
+    """`model` itself, trained on images (N, C, H, W) and labels (N,), in evaluation mode.
+
+    Leaves the global random state alone.
+    """
+    say = progress or logger.info
+    images, labels = data
+    generator = torch.Generator().manual_seed(recipe.seed)
+    steps = max(1, len(images) // recipe.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, total_steps=recipe.epochs * steps, pct_start=0.25, cycle_momentum=False
+    )
+    say(f"{name}: training the base model once, {recipe.epochs} epochs")
+    started = said = time.monotonic()
+    model.train()
+    for epoch in range(recipe.epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for step in range(steps):
+            chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            loss = F.cross_entropy(model(_augment(images[chosen], recipe, generator)), labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if time.monotonic() - said > 3:
+            said = time.monotonic()
+            say(f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {loss.item():.4f}, {said - started:.0f} s")
+    say(f"{name}: base model trained in {time.monotonic() - started:.1f} s")
+    return model.eval()
+
+
+def _augment(images: torch.Tensor, recipe: TrainingRecipe, generator: torch.Generator) -> torch.Tensor:
+    if recipe.flip:
+        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(mirrored, images.flip(-1), images)
+    if recipe.shift:
+        down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2,), generator=generator).tolist()
+        images = images.roll((down, right), (-2, -1))
+    return images
+
+
+def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _read(path: Path, build: Callable[[], nn.Module], recipe: TrainingRecipe) -> nn.Module | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.exists():
+        return None
+    model = _built(build, recipe.seed)
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("cached base model %s is damaged (%s); it is trained anew", path, reason)
+        return None
+    return model.eval()
+
+
+def _write(path: Path, model: nn.Module) -> None:
+    from safetensors.torch import save
+
+    try:
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(save(model.state_dict()))
+            os.replace(draft, path)
+        except BaseException:
+            os.unlink(draft)
+            raise
+    except OSError as error:
+        _warn_once(f"cache folder {path.parent} cannot be used ({error}); the base model is not kept")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)

@@ -1,0 +1,42 @@
+"""The `Task`: what a user brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Data = Any
+    Loss = Callable[[Any, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model with its data, loss and metric.
+
+    `train`, `val`, `test`: each a `Dataset` of (input, target), a pair of tensors with examples
+    along the first axis, or a `DataLoader`. An input that is a tuple or a mapping is passed to
+    the model as `model(*input)` or `model(**input)`. Finetuning uses `train`, choosing uses `val`;
+    `test` is measured for the front only.
+    `loss(outputs, targets)` gives a scalar tensor; `metric(outputs, targets)` a float over a
+    whole split, to be maximised or minimised as `direction` says.
+    `batch_size` is that of finetuning (a `DataLoader` keeps its own). `example_inputs`, the
+    positional inputs of one call, are taken from the first batch of `val` when left out.
+    """
+
+    model: nn.Module
+    train: Data
+    val: Data
+    test: Data
+    loss: Loss
+    metric: Callable[[Any, Any], float]
+    direction: Literal["maximize", "minimize"] = "maximize"
+    name: str = "task"
+    example_inputs: tuple[Any, ...] | None = None
+    batch_size: int = 128
+    metric_name: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,82 @@
+"""Where a study is found in MLflow, and how the store is reached."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from autocompress.tracking import runs, view
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+"""Set before MLflow is imported, each only where the user has not set it."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a study is found: the store, the experiment, the parent run and the link to its view.
+
+    `url` is absolute for an http(s) store, else the path that follows the address of a server.
+    """
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+    url: str
+
+
+def is_http(uri: str) -> bool:
+    """Whether the URI is that of a running server."""
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def connect(uri: str) -> Any:
+    """A MlflowClient of the store. Imports MLflow (seconds); no server is asked yet.
+
+    A new SQLite file is put into WAL mode, so that an open UI and the writer do not wait for
+    each other; creating its schema takes seconds more.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            connection = sqlite3.connect(path)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+    return MlflowClient(tracking_uri=uri)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, as one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return runs.cut(text, 300)
+
+
+def public(uri: str) -> str:
+    """The URI without a user name and password."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def home_url(uri: str, experiment_id: str) -> str:
+    path = view.view_path(experiment_id)
+    return public(uri).rstrip("/") + path if is_http(uri) else path

@@ -1,0 +1,220 @@
+"""One trial: compress, finetune, write, read back, measure. Knows no Optuna and no Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import autocompress
+from autocompress.codec import container
+from autocompress.compress import apply, artifact, lowrank
+from autocompress.compress.finetune import Batch, Feed, finetune
+from autocompress.compress.layers import Inventory, find_layers, macs_of
+from autocompress.errors import TaskError, TrialFailed
+from autocompress.plan import LayerSpec, Measurement, Plan, check
+from autocompress.tasks.batches import batches, call_model, evaluate, first_batch, num_batches
+from autocompress.tasks.task import Task
+
+DEFAULT_STEPS = 500
+_GUIDE_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a trial may spend: `rungs`, rising shares (0 to 1) of its recipe's epochs at which it is measured."""
+
+    rungs: tuple[float, ...] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.rungs, self.rungs[1:], strict=False))
+        if not self.rungs or not rising or self.rungs[0] < 0 or self.rungs[-1] > 1:
+            raise ValueError(f"rungs are {self.rungs}, allowed: rising shares of the epochs, 0 to 1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial gives at one rung: numbers, the file that they were measured on, the state behind it."""
+
+    measurement: Measurement
+    artifact: bytes = field(repr=False)
+    state: Callable[[], apply.State] = field(repr=False)
+
+
+class Workbench:
+    """A task made ready for many trials: layers found, SVDs and the model's own outputs kept once computed.
+
+    The task's model is copied to `device`; the task itself is never changed.
+    """
+
+    def __init__(self, task: Task, device: str | torch.device | None = None) -> None:
+        self.task = task
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = _copy(task.model).to(self.device).eval()
+        self._svds: dict[tuple[str, str], lowrank.Svd] = {}
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        """The model's layers, and what is carried exactly."""
+        inputs = self.example()
+        return find_layers(self.model, lambda model: call_model(model, inputs))
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The layers that a plan speaks of."""
+        return self.inventory.layers
+
+    def example(self) -> Any:
+        """Inputs of one example, on the device."""
+        given = self.task.example_inputs
+        inputs = given if given is not None else first_batch(self.task.val, 1)[0]
+        return move(inputs, self.device)
+
+    def svd(self, spec: LayerSpec, scheme: str) -> lowrank.Svd:
+        """The SVD of a layer's original weight, computed once."""
+        key = (spec.name, scheme)
+        if key not in self._svds:
+            weight = self.model.get_submodule(spec.name).weight
+            if not torch.isfinite(weight).all():  # type: ignore[arg-type]
+                raise TrialFailed(f"layer {spec.label!r} holds weights that are not finite")
+            self._svds[key] = lowrank.svd(weight, scheme)  # type: ignore[arg-type]
+        return self._svds[key]
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass over the training data."""
+        count = num_batches(self.task.train, self.task.batch_size)
+        if count is None:
+            count = sum(1 for _ in batches(self.task.train, self.task.batch_size, shuffle_seed=0, device="cpu"))
+        if not count:
+            raise TaskError("train is empty")
+        return count
+
+    @property
+    def default_epochs(self) -> float:
+        """Epochs that amount to about `DEFAULT_STEPS` steps: what a recipe gets that names none."""
+        return DEFAULT_STEPS / self.steps_per_epoch
+
+    def feed(self, seed: int, distil: bool) -> Feed:
+        """Training batches with the uncompressed model's outputs beside them where they are asked for."""
+        task = self.task
+        guides = self._guides if distil else None
+
+        def epoch(index: int) -> Iterator[Batch]:
+            shuffle = seed * 100_003 + index
+            if guides is not None:
+                inputs, targets = task.train
+                order = torch.arange(len(inputs))
+                for x, rows in batches((inputs, order), task.batch_size, shuffle_seed=shuffle, device="cpu"):
+                    yield move(x, self.device), move(targets[rows], self.device), move(guides[rows], self.device)
+                return
+            for x, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
+                with torch.no_grad():
+                    guide = call_model(self.model, x) if distil else None
+                yield x, y, guide if isinstance(guide, Tensor) else None
+
+        return Feed(epoch, self.steps_per_epoch)
+
+    @cached_property
+    def _guides(self) -> Tensor | None:
+        """The uncompressed model's outputs on a pair of tensors, once for all trials, if they fit in memory."""
+        train = self.task.train
+        if not (isinstance(train, tuple | list) and len(train) == 2 and isinstance(train[0], Tensor)):
+            return None
+        outputs = []
+        with torch.no_grad():
+            for x in train[0].split(512):
+                output = call_model(self.model, x.to(self.device))
+                if not isinstance(output, Tensor):
+                    return None
+                if output.numel() * output.element_size() / len(x) * len(train[0]) > _GUIDE_BYTES:
+                    return None
+                outputs.append(output.cpu())
+        return torch.cat(outputs)
+
+    def baseline_bytes(self) -> int:
+        """The length of the model's float32 state as a safetensors file, shared tensors once."""
+        from safetensors.torch import save
+
+        state = artifact.unique_state(self.model)
+        floats = {k: t.detach().cpu().contiguous() for k, t in state.items()}
+        return len(save({k: t.float() if t.is_floating_point() else t for k, t in floats.items()}))
+
+
+def run_trial(
+    task: Task | Workbench, plan: Plan, budget: Budget | None = None, seed: int = 0, start: apply.State | None = None
+) -> Iterator[Outcome]:
+    """The outcomes of a plan, one at each rung of the budget, from a model that the file decodes to.
+
+    `start` is the state of a finished trial to go on from. Nothing global is changed: the random
+    state is put back between outcomes. Raises PlanError for a plan that the layers cannot carry
+    out and TrialFailed where the loss or the metric is not finite.
+    """
+    bench = task if isinstance(task, Workbench) else Workbench(task)
+    check(plan, bench.layers)
+    steps = _outcomes(bench, plan, budget or Budget(), seed, start)
+    generator = _Seeded(seed)
+    while True:
+        with generator:
+            outcome = next(steps, None)
+        if outcome is None:
+            return
+        yield outcome
+
+
+def _outcomes(bench: Workbench, plan: Plan, budget: Budget, seed: int, start: apply.State | None) -> Iterator[Outcome]:
+    began = time.monotonic()
+    recipe, specs = plan.recipe, bench.layers
+    model = apply.compress(bench.model, specs, plan, bench.svd, start)
+    epochs = recipe.epochs
+    rungs = [share * epochs for share in budget.rungs] if epochs > 0 else [0.0]
+    feed = bench.feed(seed, recipe.distillation > 0) if epochs > 0 else None
+    reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
+    for rung, epoch in enumerate(reached):
+        data = artifact.write(bench.task.model, plan, model.encode(), autocompress.__version__)
+        decoded = artifact.restore(container.unpack(data), bench.task.model).to(bench.device)
+        metric = evaluate(bench.task, decoded, "val")
+        numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, plan), time.monotonic() - began)
+        yield Outcome(numbers, data, model.state)
+
+
+class _Seeded:
+    """A context with random numbers of its own: goes on where it left off, puts the caller's back."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.inner: Any = None
+
+    def __enter__(self) -> None:
+        self.fork = torch.random.fork_rng(devices=[])
+        self.fork.__enter__()
+        if self.inner is None:
+            torch.manual_seed(self.seed)
+        else:
+            torch.set_rng_state(self.inner)
+
+    def __exit__(self, *problem: Any) -> None:
+        self.inner = torch.get_rng_state()
+        self.fork.__exit__(*problem)
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple, list or mapping of tensors, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: move(v, device) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(move(v, device) for v in value)
+    return value
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model)
