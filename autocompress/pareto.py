@@ -34,8 +34,12 @@ def front(points: ArrayLike) -> NDArray[np.int64]:
     values = _as_points(points)
     if not len(values):
         return np.empty(0, dtype=np.int64)
-    _, first = np.unique(values, axis=0, return_index=True)
-    beaten = dominates(values[first]).any(axis=0)
+    unique, first = np.unique(values, axis=0, return_index=True)
+    if values.shape[1] == 2:  # sorted by the first objective: a point is beaten by any lower one before it
+        lowest = np.minimum.accumulate(unique[:, 1])
+        beaten = np.concatenate([[False], unique[1:, 1] >= lowest[:-1]])
+    else:
+        beaten = dominates(unique).any(axis=0)
     chosen: NDArray[np.int64] = first[~beaten].astype(np.int64)
     return chosen
 

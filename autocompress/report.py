@@ -1,13 +1,11 @@
-"""A study for people: tables, one-line summaries, the front's files and its Markdown description.
-
-`report_figures` draws; everything here is text.
-"""
+"""A study for people: tables, one-line summaries, the front's files and its Markdown description."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +15,10 @@ from autocompress.record import StudyRecord, TrialRecord, name_points
 if TYPE_CHECKING:
     from rich.table import Table
 
-MOST_ROWS = 12
-"""Rows of the description's table: MLflow shows it in a small frame."""
+MOST_ROWS, MOST_LAYERS = 12, 12
+"""Rows of the description's table, layers of a point's hover text: both are shown in small frames."""
+CSV_COLUMNS = ("trial", "size_bytes", "ratio", "metric_val", "metric_test", "macs", "artifact")
+GREY, BLUE, ORANGE = "#9aa5b1", "#1f5fa8", "#d9480f"
 
 
 def human_bytes(n: float) -> str:
@@ -44,13 +44,13 @@ def metric_text(value: float | None) -> str:
     """A metric's value to four places, or to five digits where it is 10 or more; "-" for None."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+    return f"{value:z.4f}" if abs(value) < 10 else f"{value:.5g}"
 
 
 def plan_summary(record: StudyRecord, plan: Plan) -> str:
     """A plan in a few words, its means weighted by the layers' parameters.
 
-    "3.2 bits, rank 40 %, below 0.8 σ": bits a weight, rank over full rank, and the pruning
+    "3.2 bits, rank 40 %, < 0.8 std": bits a weight, rank over full rank, and the pruning
     threshold in standard deviations. Empty where the record does not know the layers.
     """
     specs = {spec.name: spec for spec in record.layers}
@@ -73,7 +73,7 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
         }
         parts.append(f"rank {100 * mean(ranks):.0f} %")
     if any(layer.threshold for layer in plan.layers.values()):
-        parts.append(f"below {mean({name: layer.threshold for name, layer in plan.layers.items()}):.1f} σ")
+        parts.append(f"< {mean({name: layer.threshold for name, layer in plan.layers.items()}):.1f} std")
     return ", ".join(parts)
 
 
@@ -92,12 +92,16 @@ def trial_summary(record: StudyRecord, trial: TrialRecord) -> str:
 
 def front_table(record: StudyRecord) -> Table:
     """The front for the terminal, smallest first; the points worth naming carry their names."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"{record.study}: {_counts(record)}"), title_justify="left")
+    table = Table(
+        title=Text(f"{record.study}: {_counts(record)}"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
     for header in _headers(record):
-        table.add_column(header, justify="left" if header in ("", "plan") else "right", no_wrap=header != "plan")
+        at_left = header in ("trial", "plan")
+        table.add_column(Text(header), justify="left" if at_left else "right", no_wrap=header != "plan")
     for row in _rows(record, record.front):
         table.add_row(*map(Text, row))
     return table
@@ -105,14 +109,14 @@ def front_table(record: StudyRecord) -> Table:
 
 def describe(record: StudyRecord) -> str:
     """The study as short Markdown: task, baseline, the front's table, how to look and export."""
-    chosen = _spread_out(record.front, MOST_ROWS)
+    chosen = _most_telling(record, MOST_ROWS)
     lines = [f"**{_escape(record.study)}**: task `{record.task}`, {_counts(record)}.", ""]
     if record.baseline is not None:
         test = f", test {metric_text(record.baseline.metric_test)}" if record.baseline.metric_test is not None else ""
         lines += [
             f"Baseline: {human_bytes(record.baseline_bytes)} as float32, {_escape(record.metric)} "
             f"{metric_text(_baseline_metric(record))} on validation{test}. "
-            f"Hypervolume {record.hypervolume():.3f}.",
+            f"Hypervolume {record.hypervolume():.3f} octaves.",
             "",
         ]
     if chosen:
@@ -135,8 +139,6 @@ def describe(record: StudyRecord) -> str:
 
 def write_front(record: StudyRecord, folder: Path, *, html: bool = True) -> list[Path]:
     """Write front.json, front.csv, front.png and front.html (4.8 MB, unless `html` is false) into a folder."""
-    from autocompress.report_figures import front_html, front_png
-
     folder.mkdir(parents=True, exist_ok=True)
     data = record.to_front_json()
     files = [folder / "front.json", folder / "front.csv", folder / "front.png"]
@@ -153,9 +155,6 @@ def write_front(record: StudyRecord, folder: Path, *, html: bool = True) -> list
     return files
 
 
-CSV_COLUMNS = ("trial", "size_bytes", "ratio", "metric_val", "metric_test", "macs", "artifact")
-
-
 def _flat(point: dict[str, Any]) -> dict[str, Any]:
     """A point of front.json as one row of front.csv: LAYER.rank and so on in columns of their own.
 
@@ -169,7 +168,7 @@ def _flat(point: dict[str, Any]) -> dict[str, Any]:
 
 def _headers(record: StudyRecord) -> list[str]:
     metric = record.metric or "metric"
-    return ["trial", "size", "ratio", f"{metric} val", "drop", f"{metric} test", "MACs", "plan", ""]
+    return ["trial", "size", "ratio", f"{metric} val", "drop", f"{metric} test", "MACs", "plan"]
 
 
 def _rows(record: StudyRecord, trials: Sequence[TrialRecord]) -> list[list[str]]:
@@ -179,7 +178,7 @@ def _rows(record: StudyRecord, trials: Sequence[TrialRecord]) -> list[list[str]]
         assert trial.best is not None
         rows.append(
             [
-                str(trial.number),
+                f"{trial.number} {names.get(trial.number, '')}".strip(),
                 human_bytes(trial.best.size_bytes),
                 f"{record.ratio(trial):.1f}x",
                 metric_text(trial.best.metric_val),
@@ -187,7 +186,6 @@ def _rows(record: StudyRecord, trials: Sequence[TrialRecord]) -> list[list[str]]
                 metric_text(trial.metric_test),
                 human_count(trial.best.macs),
                 plan_summary(record, trial.plan),
-                names.get(trial.number, ""),
             ]
         )
     return rows
@@ -200,15 +198,18 @@ def _counts(record: StudyRecord) -> str:
 
 
 def _baseline_metric(record: StudyRecord) -> float:
-    assert record.baseline is not None and record.baseline.best is not None
+    assert record.baseline is not None
+    assert record.baseline.best is not None
     return record.baseline.best.metric_val
 
 
-def _spread_out(trials: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
-    """At most that many, evenly spread, both ends among them."""
-    if len(trials) <= most:
-        return list(trials)
-    return [trials[round(i * (len(trials) - 1) / (most - 1))] for i in range(most)]
+def _most_telling(record: StudyRecord, most: int) -> list[TrialRecord]:
+    """At most that many of the front's points: evenly spread ones, both ends and the knee among them."""
+    front = record.front
+    if len(front) <= most:
+        return list(front)
+    spread = {round(i * (len(front) - 1) / (most - 2)) for i in range(most - 1)}
+    return [front[i] for i in sorted(spread | {front.index(record.knee())})]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -217,3 +218,150 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def front_png(record: StudyRecord, path: Path) -> None:
+    """Draw all measured trials, the front and the baseline: size on a logarithmic axis against the metric."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter(*_points(_others(record)), s=22, color=GREY, alpha=0.7, linewidths=0, label="other trials", zorder=2)
+    style: dict[str, Any] = {
+        "color": BLUE,
+        "markersize": 6,
+        "drawstyle": "steps-post",
+        "label": "Pareto front",
+        "zorder": 3,
+    }
+    axes.plot(*_points(record.front), "-o", **style)
+    if record.baseline is not None:
+        metric = _baseline_metric(record)
+        axes.axhline(metric, color=ORANGE, linewidth=1, linestyle=":", zorder=1)
+        axes.plot([record.baseline_bytes], [metric], "*", color=ORANGE, markersize=14, label="float32 model", zorder=4)
+    _label_points(record, axes)
+    _size_axis(record, axes)
+    axes.set_ylabel(_metric_label(record))
+    axes.set_title(_title(record), loc="left", fontsize=11)
+    axes.grid(visible=True, alpha=0.25)
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right" if record.direction == "maximize" else "upper right", fontsize=9)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _label_points(record: StudyRecord, axes: Any) -> None:
+    """Write name, size and metric beside the smallest, the knee and the best, away from the front."""
+    up = record.direction == "minimize"
+    style = {"textcoords": "offset points", "fontsize": 8, "color": BLUE, "zorder": 5}
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.5, "pad": 1}
+    for name, trial in name_points(record):
+        if trial.best is not None and trial.number != 0:
+            text = f"{name}\n{human_bytes(trial.best.size_bytes)}, {metric_text(trial.best.metric_val)}"
+            where = (trial.best.size_bytes, trial.best.metric_val)
+            axes.annotate(text, where, xytext=(7, 7 if up else -7), va="bottom" if up else "top", bbox=box, **style)
+    if not record.measured:
+        axes.text(0.5, 0.5, "no finished trial yet", transform=axes.transAxes, ha="center", color=GREY)
+
+
+def _size_axis(record: StudyRecord, axes: Any) -> None:
+    """A logarithmic axis of sizes, labelled "5 KB", at least a factor of ten wide."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    sizes = [*_points(record.measured)[0], record.baseline_bytes]
+    low, high = min(sizes) / 1.25, max(sizes) * 1.25
+    low = min(low, high / 10)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 400 * low else (1,)))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda size, _: human_bytes(size).replace(".00", "").replace(".0 ", " "))
+    )
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("file size (1 KB = 1000 B)")
+
+
+def front_html(record: StudyRecord, path: Path) -> None:
+    """Write an interactive page that needs no network; hovering over a point shows its plan."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    figure.add_trace(_trace(record, _others(record), "other trials", mode="markers", color=GREY, size=7))
+    figure.add_trace(_trace(record, record.front, "Pareto front", mode="lines+markers", color=BLUE, size=10))
+    if record.baseline is not None:
+        figure.add_trace(
+            go.Scatter(
+                x=[record.baseline_bytes],
+                y=[_baseline_metric(record)],
+                name="float32 model",
+                mode="markers",
+                marker={"symbol": "star", "size": 15, "color": ORANGE},
+                hovertemplate=f"float32 model: {human_bytes(record.baseline_bytes)}<extra></extra>",
+            )
+        )
+    figure.update_layout(
+        title=escape(_title(record)),
+        template="simple_white",
+        xaxis={"type": "log", "title": "file size (bytes)", "tickformat": "~s", "ticksuffix": "B", "showgrid": True},
+        yaxis={"title": escape(_metric_label(record)), "showgrid": True},
+        legend={"x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom"},
+        hoverlabel={"align": "left"},
+    )
+    figure.write_html(path, include_plotlyjs=True, config={"displaylogo": False})
+
+
+def _trace(record: StudyRecord, trials: Sequence[TrialRecord], name: str, *, mode: str, color: str, size: int) -> Any:
+    import plotly.graph_objects as go
+
+    sizes, metrics = _points(trials)
+    return go.Scatter(
+        x=sizes,
+        y=metrics,
+        name=name,
+        mode=mode,
+        line={"shape": "hv"},
+        marker={"color": color, "size": size},
+        text=[_hover(record, trial) for trial in trials],
+        customdata=[trial.number for trial in trials],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _hover(record: StudyRecord, trial: TrialRecord) -> str:
+    """What a point says: sizes, metrics, the plan in a few words and layer by layer."""
+    assert trial.best is not None
+    test = f", test {metric_text(trial.metric_test)}" if trial.metric_test is not None else ""
+    lines = [
+        f"<b>trial {trial.number}</b> ({trial.state})",
+        f"{human_bytes(trial.best.size_bytes)}, {record.ratio(trial):.1f}x smaller",
+        f"{escape(record.metric)} {metric_text(trial.best.metric_val)}{test}",
+        plan_summary(record, trial.plan),
+    ]
+    layers = list(trial.plan.layers.items())
+    for name, layer in layers[:MOST_LAYERS]:
+        rank = "full" if layer.rank is None else layer.rank
+        lines.append(f"{escape(name or 'model')}: rank {rank}, {layer.bits} bits, < {layer.threshold:.2f} std")
+    if len(layers) > MOST_LAYERS:
+        lines.append(f"and {len(layers) - MOST_LAYERS} more layers")
+    return "<br>".join(line for line in lines if line)
+
+
+def _others(record: StudyRecord) -> list[TrialRecord]:
+    front = {trial.number for trial in record.front}
+    return [trial for trial in record.measured if trial.number not in front]
+
+
+def _points(trials: Sequence[TrialRecord]) -> tuple[list[int], list[float]]:
+    best = [trial.best for trial in trials if trial.best is not None]
+    return [b.size_bytes for b in best], [b.metric_val for b in best]
+
+
+def _metric_label(record: StudyRecord) -> str:
+    better = "higher" if record.direction == "maximize" else "lower"
+    return f"{record.metric or 'metric'} on validation ({better} is better)"
+
+
+def _title(record: StudyRecord) -> str:
+    count = len(record.measured)
+    return f"{record.study}: {count} trial{'s' * (count != 1)}, {len(record.front)} on the front"

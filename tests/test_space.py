@@ -3,9 +3,11 @@
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -479,6 +481,24 @@ def test_yaml_scalars_mean_what_users_write(tmp_path):
     plan = _any_plan(load_space(path, MODELS["conv1d"]))
     assert [layer.bits for layer in plan.layers.values()] == [3, 5]
     assert plan.recipe.learning_rate == 3e-4
+
+
+def test_the_examples_of_the_docs_load(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "search-spaces.md").read_text()
+    examples = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(examples) == 2
+    path = tmp_path / "my_space.yaml"
+    knobs = []
+    for example in examples:
+        path.write_text(example)
+        knobs.append([knob.name for knob in load_space(path, LENET5).knobs])
+    assert "conv1.rank" not in knobs[0]
+    assert {"conv1.threshold", "conv2.rank", "conv2.bits", "fc1.rank", "fc2.threshold"} < set(knobs[0])
+    assert knobs[1][:5] == ["features.rank", "features.bits", "features.threshold", "head.bits", "head.threshold"]
+    path.write_text(examples[0].replace("[4, 6]", "9"))
+    with pytest.raises(SpaceError) as caught:
+        load_space(path, LENET5)
+    assert str(caught.value).replace(f"{tmp_path}/", "") in page
 
 
 def test_module_loads_no_heavy_library():

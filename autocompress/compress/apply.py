@@ -32,6 +32,7 @@ class State:
 
     `tensors` holds, by state key of the compressed model, the full float weights (pruned ones as
     they were when they were pruned), all other parameters and buffers, and for each code
+    "KEY#unit" (the standard deviation that thresholds count in, that of the weights at first) and
     "KEY#table" or "KEY#step".
     """
 
@@ -48,7 +49,9 @@ class Code:
     def __init__(self, weight: Tensor, plan: LayerPlan, start: Mapping[str, Tensor], key: str) -> None:
         self.shape, self.bits, self.kind = tuple(weight.shape), plan.bits, plan.quantizer
         self.dense = weight.detach().clone()
-        mask = prune.magnitude_mask(weight, plan.threshold)
+        unit = start.get(f"{key}#unit")
+        self.unit = float(weight.detach().double().std(correction=0)) if unit is None else float(unit)
+        mask = prune.magnitude_mask(weight, plan.threshold, self.unit)
         self.pruned = not bool(mask.all())
         self.positions = mask.flatten().nonzero().squeeze(1)
         self.weights = self.dense.flatten()[self.positions].clone().requires_grad_()
@@ -154,6 +157,7 @@ class Compressed:
         tensors = {key: tensor.detach().clone() for key, tensor in unique_state(self.module).items()}
         for key, code in self.codes.items():
             tensors[key] = code.full()
+            tensors[f"{key}#unit"] = torch.tensor(code.unit, dtype=torch.float64)
             if code.table is not None:
                 tensors[f"{key}#table"] = code.table.detach().clone()
             if code.step is not None:

@@ -22,7 +22,7 @@ from torch import nn
 from autocompress.compress.artifact import load
 from autocompress.deploy import verify
 from autocompress.errors import ExportError, UsageError
-from autocompress.tasks.batches import predict
+from autocompress.tasks.batches import finite_metric, metric_name, predict
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
@@ -55,19 +55,22 @@ def export(artifact: Path, task: Task, fmt: str, out: Path, facts: Mapping[str, 
         file = folder / FILES[fmt]
         details = _write(fmt, artifact, recorder, file)
         runtime = _run(fmt, task, recorder, file)
-        checks = _compared(task, recorder, float(task.metric(outputs, targets)), targets, file)
+        expected = finite_metric(task, outputs, targets, "test")
+        checks = _compared(task, recorder, expected, targets, file)
         manifest = {
             "format": fmt,
             "file": file.name,
             "size_bytes": file.stat().st_size,
             "sha256": _sha256(file),
             "artifact": {"size_bytes": artifact.stat().st_size, "sha256": _sha256(artifact)},
-            "float32": {
-                "model_safetensors_bytes": (facts.get("baseline") or {}).get("size_bytes"),
-                "same_file_bytes": details.pop("float32_bytes", None),
-            },
+            "float32_model_bytes": (facts.get("baseline") or {}).get("size_bytes"),
             **details,
-            "verification": {**checks, "runtime": runtime, "fresh_process": fmt != "archive"},
+            "verification": {
+                "metric": metric_name(task),
+                **checks,
+                "runtime": runtime,
+                "fresh_process": fmt != "archive",
+            },
             "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "recorded": dict(facts),
         }
@@ -228,10 +231,11 @@ def _compared(task: Task, recorder: _Recorder, expected: float, targets: Any, fi
     joined = [
         torch.from_numpy(np.concatenate(parts)) for parts in zip(*(found[c] for c in recorder.tests), strict=True)
     ]
-    metric = float(task.metric(_structured(recorder.structure, joined), targets))
+    metric = finite_metric(task, _structured(recorder.structure, joined), targets, "test")
     if not verify.metrics_agree(expected, metric):
-        name = task.metric_name or "metric"
-        raise ExportError(f"{file.name} has a test {name} of {metric:.6g}, the artifact has {expected:.6g}")
+        raise ExportError(
+            f"{file.name} has a test {metric_name(task)} of {metric:.6g}, the artifact has {expected:.6g}"
+        )
     sizes = {_examples(recorder.model, verify.load_inputs(recorder.folder, call)) for call in recorder.outputs}
     return {
         "examples": recorder.examples,
@@ -247,7 +251,9 @@ def _structured(like: Any, tensors: list[torch.Tensor]) -> Any:
     """`tensors` in the structure of the outputs `like`."""
     if isinstance(like, torch.Tensor):
         return tensors[0]
-    return dict(zip(like, tensors, strict=True)) if isinstance(like, Mapping) else tuple(tensors)
+    if isinstance(like, Mapping):
+        return dict(zip(like, tensors, strict=True))
+    return type(like)(*tensors) if hasattr(like, "_fields") else tuple(tensors)
 
 
 @contextlib.contextmanager
@@ -262,6 +268,8 @@ def _staging(out: Path) -> Iterator[Path]:
         raise UsageError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
     try:
         yield folder
+    except OSError as error:
+        raise ExportError(f"the export to {str(out)!r} failed: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -28,8 +28,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from autocompress.deploy.torch_export import one_line, quiet
+from autocompress.deploy.torch_export import quiet
 from autocompress.errors import ExportError
+from autocompress.tasks.batches import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +64,8 @@ def smallest_form(name: str, values: NDArray[np.float32]) -> Form:
     forms = _vector_forms(name, values)
     at = np.flatnonzero(values.reshape(-1).view(np.uint32))
     if at.size == 0 and values.size:
-        shape = {f"{name}:shape": np.array(values.shape, np.int64)}
-        forms.append(Form("constant", (helper.make_node("ConstantOfShape", list(shape), [name]),), shape))
+        node = helper.make_node("ConstantOfShape", [f"{name}:shape"], [name])
+        forms.append(Form("constant", (node,), {f"{name}:shape": np.array(values.shape, np.int64)}))
     elif at.size < 0.9 * values.size:
         forms.append(_sparse(name, values, at))
     return min(forms, key=lambda form: form.size_bytes)
@@ -90,7 +91,7 @@ def _dense(name: str, shape: tuple[int, ...], codes: Array, table: NDArray[np.fl
         helper.make_node("Gather", [f"{name}:table", f"{name}:codes"], [f"{name}:flat"]),
         helper.make_node("Reshape", [f"{name}:flat", f"{name}:shape"], [name]),
     )
-    constants = {f"{name}:table": table, f"{name}:shape": np.array(shape, np.int64)}
+    constants: dict[str, Array] = {f"{name}:table": table, f"{name}:shape": np.array(shape, np.int64)}
     return Form("dense", packed.nodes + nodes, {**packed.constants, **constants})
 
 
@@ -114,7 +115,7 @@ def _sparse(name: str, values: NDArray[np.float32], at: Array) -> Form:
         helper.make_node("ScatterElements", [f"{name}:zeros", f"{name}:at", f"{name}:kept"], [f"{name}:flat"]),
         helper.make_node("Reshape", [f"{name}:flat", f"{name}:shape"], [name]),
     )
-    constants = {
+    constants: dict[str, Array] = {
         ":int_0": np.array(0),
         ":int_1": np.array(1),
         f"{name}:size": np.array([values.size]),
@@ -176,15 +177,7 @@ def write(
     `module` is in eval mode on the CPU; `inputs` are example tensors of two or more examples along the first axis,
     passed by name if `keywords`, else in order. Raises ExportError for a model that torch's exporters refuse.
     """
-    model = _exported(module, inputs, keywords, outputs)
-    weights = {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in model.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT
-    }
-    forms = {name: smallest_form(name, values) for name, values in weights.items()}
-    forms = {name: form for name, form in forms.items() if form.kind != "plain"}
-    model = _optimized(model, forms)
+    model, forms = _exported(module, inputs, keywords, outputs)
     _strip(model)
     plain_bytes = model.ByteSize()
     used = _insert(model.graph, forms)
@@ -194,48 +187,74 @@ def write(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise ExportError(f"the ONNX graph of {type(module).__name__} is not valid: {one_line(error)}") from error
     return {
-        "opset": OPSET,
+        "opset": next(entry.version for entry in model.opset_import if not entry.domain),
         "ir_version": model.ir_version,
         "inputs": [_described(value) for value in model.graph.input],
         "outputs": [_described(value) for value in model.graph.output],
         "weight_forms": {name: forms[name].kind for name in used},
-        "float32_bytes": plain_bytes,
+        "same_graph_float32_bytes": plain_bytes,
     }
 
 
-def _exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str]) -> Any:
-    """The model as torch writes it, every weight under its name: by torch.export, else by the older tracer."""
-    import torch
-
+def _exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str]) -> tuple[Any, dict[str, Form]]:
+    """The simplified model and the forms of its weights, by torch.export, else by the older tracer."""
     args: Any = () if keywords else tuple(inputs.values())
-    kwargs: Any = dict(inputs) if keywords else None
-    common: dict[str, Any] = {
-        "kwargs": kwargs,
+    options: dict[str, Any] = {
+        "kwargs": dict(inputs) if keywords else None,
         "input_names": list(inputs),
         "output_names": outputs,
         "opset_version": OPSET,
         "verbose": False,
     }
-    batch = {name: {0: "batch"} for name in inputs}
-    errors: list[Exception] = []
-    with quiet():
+    for attempt in (_by_torch_export, _by_tracer):
         try:
-            shapes: Any = batch if keywords else tuple(batch.values())
-            program = torch.onnx.export(module, args, dynamo=True, optimize=False, dynamic_shapes=shapes, **common)
-            if program is not None and all(
-                _described(value)["shape"][0] == "batch" for value in program.model_proto.graph.input
-            ):
-                return program.model_proto
-        except Exception as error:  # the exporter raises whatever the model's own code raises, too
-            errors.append(error)
-        try:
-            file = BytesIO()
-            axes = batch | {name: {0: "batch"} for name in outputs}
-            torch.onnx.export(module, args, file, dynamo=False, do_constant_folding=False, dynamic_axes=axes, **common)
-            return onnx.load_from_string(file.getvalue())
-        except Exception as error:
-            errors.append(error)
-    raise ExportError(f"{type(module).__name__} cannot be exported to ONNX: {one_line(errors[0])}") from errors[0]
+            with quiet():
+                model = attempt(module, args, options)
+                forms = _forms(model.graph)
+                model = _optimized(model, forms)
+            _check_batch(model.graph, list(inputs))
+            return model, forms
+        except Exception as error:  # the exporters raise whatever the model's own code raises, too
+            cause = error
+    raise ExportError(f"{type(module).__name__} cannot be exported to ONNX: {one_line(cause)}") from cause
+
+
+def _by_torch_export(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+    import torch
+
+    shapes = {name: {0: "batch"} for name in options["input_names"]}
+    dynamic: Any = shapes if options["kwargs"] else tuple(shapes.values())
+    program = torch.onnx.export(module, args, dynamo=True, optimize=False, dynamic_shapes=dynamic, **options)
+    if program is None:
+        raise ExportError("torch.onnx gave no program")
+    return program.model_proto
+
+
+def _by_tracer(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+    import torch
+
+    file: Any = BytesIO()  # which the tracer takes, whatever its annotation says
+    axes = {name: {0: "batch"} for name in (*options["input_names"], *options["output_names"])}
+    torch.onnx.export(module, args, file, dynamo=False, do_constant_folding=False, dynamic_axes=axes, **options)
+    return onnx.load_from_string(file.getvalue())
+
+
+def _check_batch(graph: Any, inputs: list[str]) -> None:
+    """Raises ExportError for an input that got lost in tracing, or a batch size that became a constant."""
+    shapes = {value.name: _described(value)["shape"] for value in (*graph.input, *graph.output)}
+    for name in inputs:
+        if name not in shapes:
+            raise ExportError(f"input {name!r} has no effect that can be traced")
+    for name, shape in shapes.items():
+        if shape and shape[0] and not isinstance(shape[0], str):
+            raise ExportError(f"its code fixes the batch size: {name!r} has shape {shape}")
+
+
+def _forms(graph: Any) -> dict[str, Form]:
+    """The forms of the float32 initializers that have one smaller than themselves."""
+    floats = (tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    forms = {tensor.name: smallest_form(tensor.name, numpy_helper.to_array(tensor)) for tensor in floats}
+    return {name: form for name, form in forms.items() if form.kind != "plain"}
 
 
 def _optimized(model: Any, forms: Mapping[str, Form]) -> Any:
@@ -250,8 +269,7 @@ def _optimized(model: Any, forms: Mapping[str, Form]) -> Any:
     _replace(model.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name not in kept])
     for tensor in kept.values():
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    with quiet():
-        model = optimizer.optimize(model)
+    model = optimizer.optimize(model)
     _replace(model.graph.input, [value for value in model.graph.input if value.name not in kept])
     used = set(_names_read(model.graph))
     model.graph.initializer.extend(tensor for name, tensor in kept.items() if name in used)

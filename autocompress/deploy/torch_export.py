@@ -7,6 +7,7 @@ sha256 of the manifest before loading one.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.errors import ExportError
+from autocompress.tasks.batches import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +40,7 @@ def write(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, path: Pa
                 dynamic_shapes=batch if keywords else tuple(batch.values()),
                 strict=False,
             )
-            program.example_inputs = None  # type: ignore[assignment]  # what torch itself sets where there are none
+            program.example_inputs = None
             for node in program.graph.nodes:
                 node.meta.pop("stack_trace", None)
             torch.export.save(program, path)
@@ -48,22 +50,20 @@ def write(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, path: Pa
             ) from error
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error that says something, at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps warnings and log lines of torch's and onnxscript's exporters from the user."""
+    """Keeps warnings, log lines and prints of torch's and onnxscript's exporters from the user."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:
-                logger.setLevel(logging.ERROR)
+                logger.setLevel(logging.CRITICAL)
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.tasks.task import Task
+from autocompress.tasks.wording import one_line, shortened
 
 Batch = tuple[Any, Any]
 Device = torch.device | str | None
@@ -104,7 +105,12 @@ def predict(model: nn.Module, data: Any, batch_size: int = 256, device: Device =
 
 
 def evaluate(
-    task: Task, model: nn.Module, split: Literal["train", "val", "test"], *, batch_size: int = 256, device: Device = None
+    task: Task,
+    model: nn.Module,
+    split: Literal["train", "val", "test"],
+    *,
+    batch_size: int = 256,
+    device: Device = None,
 ) -> float:
     """The task's metric of `model` on a whole split. Raises TrialFailed unless it is a finite number."""
     outputs, targets = predict(model, getattr(task, split), batch_size, device)
@@ -123,7 +129,7 @@ def finite_metric(task: Task, outputs: Any, targets: Any, split: str) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number) or isinstance(value, str):
-        raise TrialFailed(f"{named} gave {one_line_of(value)}, allowed: a finite number")
+        raise TrialFailed(f"{named} gave {shortened(value)}, allowed: a finite number")
     return number
 
 
@@ -146,7 +152,9 @@ def example_inputs(task: Task) -> tuple[Any, ...]:
         return tuple(task.example_inputs)
     inputs, _ = first_batch(task.val, 1)
     if isinstance(inputs, Mapping):
-        raise TaskError(f"task {task.name!r}: inputs are a mapping; give example_inputs, the positional inputs of one call")
+        raise TaskError(
+            f"task {task.name!r}: inputs are a mapping; give example_inputs, the positional inputs of one call"
+        )
     parts = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     return tuple(part[:1].cpu() if isinstance(part, torch.Tensor) and part.dim() else part for part in parts)
 
@@ -174,7 +182,18 @@ def to_device(value: Any, device: Device) -> Any:
     """`value` with each tensor in it, also inside tuples, lists and mappings, on `device` (None: where it is)."""
     if device is None:
         return value
-    return _mapped(value, lambda tensor: tensor.to(device))
+    return map_tensors(value, lambda tensor: tensor.to(device))
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with `function` applied to each tensor in it, also inside tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return type(value)({key: map_tensors(item, function) for key, item in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, tuple | list):
+        return _like(value, [map_tensors(item, function) for item in value])
+    return value
 
 
 def join(parts: list[Any]) -> Any:
@@ -195,17 +214,6 @@ def join(parts: list[Any]) -> Any:
             return [item for part in parts for item in part]  # such as lists of strings
         return _like(first, [join(list(column)) for column in zip(*parts, strict=True)])
     return None if first is None else parts
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as "Type: message", on one line, shortened to what is readable."""
-    return f"{type(error).__name__}: {one_line_of(str(error))}" if str(error) else type(error).__name__
-
-
-def one_line_of(value: Any) -> str:
-    """A value's text on one line of at most 300 characters."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _pair_batches(pair: Any, batch_size: int, shuffle_seed: int | None) -> Iterator[Batch]:
@@ -246,16 +254,6 @@ def _as_batch(batch: Any) -> Batch:
         return batch[0], batch[1]
     length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
     raise TaskError(f"a batch is a {type(batch).__name__}{length}, allowed: a pair (inputs, targets)")
-
-
-def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return type(value)({key: _mapped(item, function) for key, item in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, tuple | list):
-        return _like(value, [_mapped(item, function) for item in value])
-    return value
 
 
 def _like(sequence: Any, items: list[Any]) -> Any:

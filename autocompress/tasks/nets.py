@@ -1,16 +1,23 @@
 """The networks of the built-in tasks: untrained, plain `nn.Sequential` trees of standard layers.
 
+Importing this module is fast; torch comes in when a network is built.
+
 All take float32 images, (N, 1, height, width), and give (N, 10) logits. `F` below is the number of
 float parameters.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def digits_net() -> nn.Sequential:
     """A small conv net for 8 x 8 images; F = 38,282."""
+    from torch import nn
+
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -26,6 +33,8 @@ def digits_net() -> nn.Sequential:
 
 def lenet300() -> nn.Sequential:
     """LeNet-300-100 for 28 x 28 images (LeCun et al. 1998); F = 266,610."""
+    from torch import nn
+
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(784, 300),
@@ -38,6 +47,8 @@ def lenet300() -> nn.Sequential:
 
 def lenet5() -> nn.Sequential:
     """LeNet-5 as Caffe has it, the one of Deep Compression (arXiv 1510.00149); F = 431,080."""
+    from torch import nn
+
     return nn.Sequential(
         nn.Conv2d(1, 20, 5),
         nn.MaxPool2d(2),

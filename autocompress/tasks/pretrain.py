@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -22,29 +22,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from autocompress.tasks.folders import cache_root
+from autocompress.tasks.training_recipe import TrainingRecipe
 
 logger = logging.getLogger("autocompress")
 
 Progress = Callable[[str], None]
 _VERSION = 1  # of `train`; a change of what it computes must raise it
 _UNUSABLE = (OSError, NotImplementedError)  # what a cache folder that cannot be used, or locked, raises
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """How a base model is trained: AdamW on a one-cycle learning rate (Smith 2018, arXiv 1803.09820).
-
-    `shift` moves each batch of images by up to that many pixels in both directions, `flip`
-    mirrors each image left to right with probability one half.
-    """
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    shift: int = 0
-    flip: bool = False
-    seed: int = 0
 
 
 def base_model(
@@ -103,13 +87,15 @@ def train(
     images, labels = data
     generator = torch.Generator().manual_seed(recipe.seed)
     steps = max(1, len(images) // recipe.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.epochs * steps, pct_start=0.25, cycle_momentum=False
     )
     say(f"{name}: training the base model once, {recipe.epochs} epochs")
     started = said = time.monotonic()
-    model.train()
+    model.train().to(memory_format=torch.channels_last)  # a third faster than channels first on a CPU
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(images), generator=generator)
         for step in range(steps):
@@ -123,7 +109,7 @@ def train(
             said = time.monotonic()
             say(f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {loss.item():.4f}, {said - started:.0f} s")
     say(f"{name}: base model trained in {time.monotonic() - started:.1f} s")
-    return model.eval()
+    return model.eval().to(memory_format=torch.contiguous_format)
 
 
 def _augment(images: torch.Tensor, recipe: TrainingRecipe, generator: torch.Generator) -> torch.Tensor:

@@ -137,5 +137,7 @@ def _run(command: list[str], folder: Path) -> None:
         raise RouteFailed(str(error)) from error
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        telling = [line for line in lines if line.lower().startswith(("e:", "err", "npm err")) and " code E" not in line]
+        telling = [
+            line for line in lines if line.lower().startswith(("e:", "err", "npm err")) and " code E" not in line
+        ]
         raise RouteFailed((telling or lines[-1:] or [f"exit status {done.returncode}"])[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,9 @@ def connect(uri: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, as one short line."""
+    """What went wrong, as one short line without the password of any URL in it."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return runs.cut(text, 300)
+    return runs.cut(re.sub(r"://[^/@\s]+@", "://", text), 300)
 
 
 def public(uri: str) -> str:
@@ -78,5 +79,6 @@ def public(uri: str) -> str:
 
 
 def home_url(uri: str, experiment_id: str) -> str:
+    """The link to an experiment's view, as `Home.url` holds it."""
     path = view.view_path(experiment_id)
     return public(uri).rstrip("/") + path if is_http(uri) else path

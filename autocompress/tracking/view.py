@@ -19,7 +19,8 @@ from autocompress.tracking.runs import layer_keys
 VIEW_ID = "autocompress"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_ID}"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-MOST_KNOBS = 8
+MOST_KNOBS = 6
+"""Axes of the parallel coordinates, beside the two metrics: more of them cannot be read."""
 SECTION = "autocompress-front"
 
 
@@ -78,6 +79,8 @@ def view_state(record: StudyRecord) -> dict[str, Any]:
                 "isReordered": False,
                 "deleted": False,
                 "isGenerated": False,
+                "columns": 2,
+                "cardHeight": 400,
             }
         ],
     }

@@ -1,0 +1,113 @@
+"""Where records live: one folder that holds the studies, their artifacts, and the MLflow store.
+
+    ROOT/studies/NAME/study.db          the Optuna study
+    ROOT/studies/NAME/study.lock        held by the process that searches
+    ROOT/studies/NAME/artifacts/...     files of the front's members and of trial 0
+    ROOT/mlflow.db, ROOT/mlflow-artifacts/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from autocompress.errors import StudyError, UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Records:
+    """A records folder; nothing is made until it is needed."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, folder: str | Path | None = None) -> Records:
+        """The folder given, else AUTOCOMPRESS_DIR, else ./autocompress_runs."""
+        chosen = folder or os.environ.get("AUTOCOMPRESS_DIR") or "autocompress_runs"
+        return cls(Path(chosen).expanduser().absolute())
+
+    def folder(self, study: str) -> Path:
+        """A study's folder. Raises UsageError for a name that cannot be one."""
+        if not _NAME.fullmatch(study):
+            raise UsageError(
+                f"study name is {study!r}, allowed: 1 to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+            )
+        return self.root / "studies" / study
+
+    def file(self, study: str) -> Path:
+        """The study's database."""
+        return self.folder(study) / "study.db"
+
+    def artifact(self, study: str, name: str) -> Path:
+        """An artifact's path."""
+        return self.folder(study) / "artifacts" / name
+
+    def relative(self, path: Path) -> str:
+        """A path relative to the records folder, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Where MLflow's files go for a local store."""
+        return self.root / "mlflow-artifacts"
+
+    def names(self) -> list[str]:
+        """The studies here, the latest begun or resumed first."""
+        files = list((self.root / "studies").glob("*/study.db"))
+        return [f.parent.name for f in sorted(files, key=_last_used, reverse=True)]
+
+    def latest(self) -> str:
+        """The study begun or resumed last. Raises StudyError where there is none."""
+        names = self.names()
+        if not names:
+            raise StudyError(f"no study in {str(self.root)!r}: start one with autocompress search TASK, or give --dir")
+        return names[0]
+
+    def existing(self, study: str | None) -> str:
+        """The study of that name, the latest for None. Raises StudyError where it does not exist."""
+        if study is None:
+            return self.latest()
+        if not self.file(study).is_file():
+            known = self.names()
+            there = f"there are: {', '.join(known[:10])}" if known else "there is none"
+            raise StudyError(f"study {study!r} does not exist in {str(self.root)!r}; {there}")
+        return study
+
+    def new_name(self, task: str) -> str:
+        """A free name made from the task's: digits-1, digits-2, ..."""
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", task).strip("-._")[:80] or "study"
+        taken = {path.name for path in (self.root / "studies").glob("*")}
+        return next(name for n in range(1, len(taken) + 2) if (name := f"{stem}-{n}") not in taken)
+
+    @contextlib.contextmanager
+    def lock(self, study: str) -> Iterator[None]:
+        """Hold the study for writing. Raises StudyError where another process does, UsageError for a folder
+        that cannot be written."""
+        import filelock
+
+        folder = self.folder(study)
+        lock = filelock.FileLock(folder / "study.lock")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise StudyError(f"study {study!r} is in use by another process; wait for it or stop it first") from None
+        except OSError as error:
+            raise UsageError(f"records folder {str(self.root)!r} cannot be written: {error.strerror}") from error
+        try:
+            with contextlib.suppress(OSError):
+                (folder / "last-used").touch()
+            yield
+        finally:
+            lock.release()
+
+
+def _last_used(file: Path) -> tuple[float, str]:
+    mark = file.parent / "last-used"
+    return (mark if mark.exists() else file).stat().st_mtime, file.parent.name

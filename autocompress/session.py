@@ -1,0 +1,190 @@
+"""The driver's side of a search: what happens when a trial starts, reaches a rung, ends.
+
+The order on disk makes every moment safe to be killed at: the artifact is written first, then the
+study's row; artifacts that leave the front are removed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from autocompress.engine import Job
+from autocompress.folders import Records
+from autocompress.plan import Measurement
+from autocompress.record import StudyRecord, TrialRecord
+from autocompress.search.moasha import Decision, Rungs
+from autocompress.search.study import StudyStore, artifact_name
+
+
+class Listener(Protocol):
+    """Who watches a search (the terminal)."""
+
+    def started(self, job: Job) -> None: ...
+
+    def measured(self, number: int, measurement: Measurement) -> None: ...
+
+    def ended(self, trial: TrialRecord, record: StudyRecord) -> None: ...
+
+
+class Silent:
+    """A listener that does nothing."""
+
+    def started(self, job: Job) -> None:
+        """A trial was handed to a worker."""
+
+    def measured(self, number: int, measurement: Measurement) -> None:
+        """A trial reached a rung."""
+
+    def ended(self, trial: TrialRecord, record: StudyRecord) -> None:
+        """A trial is over."""
+
+
+@dataclass
+class _Running:
+    """A trial under way: its measurements, and the file of the best of them."""
+
+    began: float
+    origin: str
+    measurements: list[Measurement] = field(default_factory=list)
+    artifact: bytes = b""
+    best: Measurement | None = None
+    stopped: bool = False
+
+
+class Session:
+    """The `engine.Ledger` of a study: proposes, keeps artifacts, tells study, tracker and listener."""
+
+    def __init__(
+        self,
+        store: StudyStore,
+        records: Records,
+        tracker: Any,
+        listener: Listener,
+        deadline: float | None = None,
+    ) -> None:
+        self.store, self.records, self.tracker, self.listener = store, records, tracker, listener
+        self.deadline = deadline
+        self.sign = 1.0 if store.settings.direction == "minimize" else -1.0
+        self.homes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._rungs = Rungs()
+        self._running: dict[int, _Running] = {}
+        self._record: StudyRecord | None = None
+
+    @property
+    def record(self) -> StudyRecord:
+        """The study as it is now."""
+        if self._record is None:
+            self._record = self.store.record()
+        return self._record
+
+    def next(self) -> Job | None:
+        """The next trial; None when all are there, or the time is over."""
+        self.note_homes()
+        if self._late():
+            return None
+        proposal = self.store.propose()
+        if proposal is None:
+            return None
+        self._record = None
+        self._running[proposal.number] = _Running(time.monotonic(), proposal.origin)
+        job = Job(proposal.number, proposal.plan, proposal.seed)
+        self.listener.started(job)
+        return job
+
+    def measured(self, number: int, measurement: Measurement, artifact: bytes, last: bool) -> Decision:
+        """Keep a rung's numbers, and its file if it is the trial's best so far; decide whether to go on."""
+        trial = self._running[number]
+        trial.measurements.append(measurement)
+        if trial.best is None or self._key(measurement) < self._key(trial.best):
+            trial.best, trial.artifact = measurement, artifact
+        self.listener.measured(number, measurement)
+        if last:
+            return Decision.CONTINUE
+        values = (float(measurement.size_bytes), self.sign * measurement.metric_val)
+        decision = self._rungs.report(number, measurement.rung, values) if measurement.rung else Decision.CONTINUE
+        if trial.origin != "sampler":
+            decision = Decision.CONTINUE
+        if self._late():
+            decision = Decision.STOP
+        trial.stopped = decision is Decision.STOP
+        return decision
+
+    def ended(self, number: int, error: str | None) -> None:
+        """Write what the trial gave: file, study, tracker; drop files that are no longer needed."""
+        trial = self._running.pop(number)
+        seconds = time.monotonic() - trial.began
+        if error is None and not trial.measurements:
+            error = "the worker gave no result"
+        state = "failed" if error else "stopped" if trial.stopped else "complete"
+        digest = None
+        if state != "failed" and self._joins_front(number, trial):
+            path = self.records.artifact(self.store.settings.study, artifact_name(number))
+            write_file(path, trial.artifact)
+            digest = hashlib.sha256(trial.artifact).hexdigest()
+        self.store.finish(
+            number, trial.measurements, state=state, sha256=digest, error=error, seconds=seconds
+        )
+        self._record = None
+        self.drop_artifacts()
+        done = next(t for t in self.record.trials if t.number == number)
+        self.tracker.log(self.record, done)
+        self.listener.ended(done, self.record)
+
+    def drop_artifacts(self) -> None:
+        """Remove the files of trials that are neither on the front nor the baseline."""
+        folder = self.records.artifact(self.store.settings.study, "x").parent
+        kept = {t.artifact for t in self.record.trials if t.artifact is not None}
+        kept |= {artifact_name(number) for number in self._running}
+        for path in folder.glob("trial-*.acz"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def note_homes(self) -> None:
+        """Store where MLflow shows the study, once its writer thread has said so."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                home = self.homes.get_nowait()
+                self.store.note_tracking(home.tracking_uri, home.experiment_id, home.run_id)
+                self._record = None
+
+    def _joins_front(self, number: int, trial: _Running) -> bool:
+        assert trial.best is not None
+        mine = self._key(trial.best)[::-1]
+        rivals = (
+            (t.best.size_bytes, self.sign * t.best.metric_val) for t in self.record.front if t.best is not None
+        )
+        return number == 0 or not any(a <= mine[0] and b <= mine[1] for a, b in rivals)
+
+    def _key(self, m: Measurement) -> tuple[float, int]:
+        return self.sign * m.metric_val, m.size_bytes
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def measure_tests(record: StudyRecord, measure: Callable[[TrialRecord], float]) -> dict[int, float]:
+    """Test metrics of the baseline and of the front's members that have none yet, by number."""
+    wanted = {t.number: t for t in (*record.front, *([record.baseline] if record.baseline else []))}
+    return {n: measure(t) for n, t in sorted(wanted.items()) if t.metric_test is None}
