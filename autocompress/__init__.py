@@ -18,6 +18,7 @@ _HOMES = {
     "load_task": "autocompress.tasks.loading",
     "load": "autocompress.compress.artifact",
     "search": "autocompress.api",
+    "resume": "autocompress.api",
     "open_study": "autocompress.api",
     "Plan": "autocompress.plan",
     "LayerPlan": "autocompress.plan",
@@ -29,6 +30,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from autocompress.api import open_study as open_study
+    from autocompress.api import resume as resume
     from autocompress.api import search as search
     from autocompress.compress.artifact import load as load
     from autocompress.errors import AutocompressError as AutocompressError

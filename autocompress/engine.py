@@ -296,6 +296,10 @@ class _Relay:
         self._numbers: dict[str, int] = {}
         self._rungs: set[tuple[int, int]] = set()
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Tune pickles its settings for a restore that we never do: nothing of the driver goes in."""
+        return object, ()
+
     def next(self, trial_id: str) -> Job | None:
         job = None if self.problem else self._guard(self.ledger.next)
         if job is not None:

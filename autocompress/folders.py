@@ -1,9 +1,9 @@
 """Where records live: one folder that holds the studies, their artifacts, and the MLflow store.
 
-    ROOT/studies/NAME/study.db          the Optuna study
-    ROOT/studies/NAME/study.lock        held by the process that searches
-    ROOT/studies/NAME/artifacts/...     files of the front's members and of trial 0
-    ROOT/mlflow.db, ROOT/mlflow-artifacts/
+ROOT/studies/NAME/study.db          the Optuna study
+ROOT/studies/NAME/study.lock        held by the process that searches
+ROOT/studies/NAME/artifacts/...     files of the front's members and of trial 0
+ROOT/mlflow.db, ROOT/mlflow-artifacts/
 """
 
 from __future__ import annotations

@@ -129,12 +129,15 @@ class StudyRecord:
 
     def drop(self, trial: TrialRecord) -> float:
         """How much worse than the baseline's the trial's validation metric is, in the metric's units."""
-        assert trial.best is not None and self.baseline is not None and self.baseline.best is not None
+        assert trial.best is not None
+        assert self.baseline is not None
+        assert self.baseline.best is not None
         return self.sign * (trial.best.metric_val - self.baseline.best.metric_val)
 
     def relative_drop(self, trial: TrialRecord) -> float:
         """`drop` in units of the baseline's metric."""
-        assert self.baseline is not None and self.baseline.best is not None
+        assert self.baseline is not None
+        assert self.baseline.best is not None
         return self.drop(trial) / (abs(self.baseline.best.metric_val) or 1.0)
 
     def knee(self) -> TrialRecord:

@@ -129,9 +129,7 @@ class Session:
             path = self.records.artifact(self.store.settings.study, artifact_name(number))
             write_file(path, trial.artifact)
             digest = hashlib.sha256(trial.artifact).hexdigest()
-        self.store.finish(
-            number, trial.measurements, state=state, sha256=digest, error=error, seconds=seconds
-        )
+        self.store.finish(number, trial.measurements, state=state, sha256=digest, error=error, seconds=seconds)
         self._record = None
         self.drop_artifacts()
         done = next(t for t in self.record.trials if t.number == number)
@@ -158,9 +156,7 @@ class Session:
     def _joins_front(self, number: int, trial: _Running) -> bool:
         assert trial.best is not None
         mine = self._key(trial.best)[::-1]
-        rivals = (
-            (t.best.size_bytes, self.sign * t.best.metric_val) for t in self.record.front if t.best is not None
-        )
+        rivals = ((t.best.size_bytes, self.sign * t.best.metric_val) for t in self.record.front if t.best is not None)
         return number == 0 or not any(a <= mine[0] and b <= mine[1] for a, b in rivals)
 
     def _key(self, m: Measurement) -> tuple[float, int]:

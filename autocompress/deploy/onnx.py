@@ -5,7 +5,7 @@ A weight of few or of mostly zero values is written as integers and a chain of s
 with the very numbers of the artifact, at float32 speed. The chain is the smallest of
 
     constant   ConstantOfShape
-    half       float16 cast to float32, where every value is one of float16
+    float16    cast to float32, where that gives every value back; bfloat16 likewise
     dense      table[digits]
     sparse     any of these forms, of the values that are not zero, scattered to cumsum(digits + 1) - 1
 
@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from autocompress.deploy.torch_export import quiet
 from autocompress.errors import ExportError
-from autocompress.tasks.batches import one_line
+from autocompress.tasks.wording import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,10 +63,10 @@ class Form:
 def smallest_form(name: str, values: NDArray[np.float32]) -> Form:
     """The form of fewest bytes that gives `values` bit for bit; of kind "plain" where float32 itself is smallest."""
     forms = _vector_forms(name, values)
-    at = np.flatnonzero(values.reshape(-1).view(np.uint32))
-    if at.size == 0 and values.size:
-        node = helper.make_node("ConstantOfShape", [f"{name}:shape"], [name])
-        forms.append(Form("constant", (node,), {f"{name}:shape": np.array(values.shape, np.int64)}))
+    bits = values.reshape(-1).view(np.uint32)
+    at = np.flatnonzero(bits)
+    if values.size and (bits == bits[0]).all():
+        forms.append(_constant(name, values))
     elif at.size < 0.9 * values.size:
         forms.append(_sparse(name, values, at))
     return min(forms, key=lambda form: form.size_bytes)
@@ -74,15 +75,23 @@ def smallest_form(name: str, values: NDArray[np.float32]) -> Form:
 def _vector_forms(name: str, values: NDArray[np.float32]) -> list[Form]:
     """The forms that store every value."""
     forms = [Form("plain", (), {name: values})]
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    if np.array_equal(half.astype(np.float32).view(np.uint32), values.view(np.uint32)):
-        cast = helper.make_node("Cast", [f"{name}:half"], [name], to=onnx.TensorProto.FLOAT)
-        forms.append(Form("half", (cast,), {f"{name}:half": half}))
-    table, codes = np.unique(values.reshape(-1).view(np.uint32), return_inverse=True)
+    bits = values.view(np.uint32)
+    for dtype in (np.dtype(np.float16), np.dtype(bfloat16)):
+        with np.errstate(over="ignore"):
+            half = values.astype(dtype)
+        if np.array_equal(half.astype(np.float32).view(np.uint32), bits):
+            cast = helper.make_node("Cast", [f"{name}:half"], [name], to=onnx.TensorProto.FLOAT)
+            forms.append(Form(dtype.name, (cast,), {f"{name}:half": half}))
+    table, codes = np.unique(bits.reshape(-1), return_inverse=True)
     if table.size <= min(_MAX_TABLE, values.size // 2):
         forms.append(_dense(name, values.shape, codes, table.view(np.float32)))
     return forms
+
+
+def _constant(name: str, values: NDArray[np.float32]) -> Form:
+    value = numpy_helper.from_array(values.reshape(-1)[:1], "value")
+    node = helper.make_node("ConstantOfShape", [f"{name}:shape"], [name], value=value)
+    return Form("constant", (node,), {f"{name}:shape": np.array(values.shape, np.int64)})
 
 
 def _dense(name: str, shape: tuple[int, ...], codes: Array, table: NDArray[np.float32]) -> Form:
@@ -196,7 +205,9 @@ def write(
     }
 
 
-def _exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str]) -> tuple[Any, dict[str, Form]]:
+def _exported(
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str]
+) -> tuple[Any, dict[str, Form]]:
     """The simplified model and the forms of its weights, by torch.export, else by the older tracer."""
     args: Any = () if keywords else tuple(inputs.values())
     options: dict[str, Any] = {
@@ -216,7 +227,8 @@ def _exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outp
             return model, forms
         except Exception as error:  # the exporters raise whatever the model's own code raises, too
             cause = error
-    raise ExportError(f"{type(module).__name__} cannot be exported to ONNX: {one_line(cause)}") from cause
+    reason = str(cause) if isinstance(cause, ExportError) else one_line(cause)
+    raise ExportError(f"{type(module).__name__} cannot be exported to ONNX: {reason}") from cause
 
 
 def _by_torch_export(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:

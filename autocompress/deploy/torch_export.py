@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.errors import ExportError
-from autocompress.tasks.batches import one_line
+from autocompress.tasks.wording import one_line
 
 if TYPE_CHECKING:
     from torch import nn

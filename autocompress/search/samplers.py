@@ -12,13 +12,18 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "qmc", "random")
 
 
+def check_sampler(name: str) -> None:
+    """Raise UsageError for a name that is none of `SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise UsageError(f"sampler is {name!r}, allowed: {', '.join(SAMPLERS)}")
+
+
 def make_sampler(name: str, seed: int, startup: int = 10) -> BaseSampler:
     """The Optuna sampler of that name. `startup`: trials before TPE and GP begin to model.
 
     Raises UsageError for an unknown name.
     """
-    if name not in SAMPLERS:
-        raise UsageError(f"sampler is {name!r}, allowed: {', '.join(SAMPLERS)}")
+    check_sampler(name)
     import warnings
 
     import optuna

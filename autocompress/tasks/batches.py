@@ -37,6 +37,7 @@ def batches(data: Any, batch_size: int, *, shuffle_seed: int | None, device: Dev
     through as it is, with its own batch size, order and randomness. The global random state
     is left alone, but for what the data itself and a `DataLoader` draw from it.
     """
+    passed: Iterator[Batch]
     if isinstance(data, DataLoader):
         passed = (_as_batch(batch) for batch in data)
     elif is_pair(data):
@@ -59,7 +60,8 @@ def num_examples(data: Any) -> int | None:
     if is_pair(data):
         return len(data[0])
     try:
-        return len(data.dataset if isinstance(data, DataLoader) else data)
+        sized: Any = data.dataset if isinstance(data, DataLoader) else data
+        return len(sized)
     except TypeError:
         return None
 
@@ -120,15 +122,16 @@ def evaluate(
 def finite_metric(task: Task, outputs: Any, targets: Any, split: str) -> float:
     """The task's metric of these outputs, as a float. Raises TrialFailed unless it is a finite number."""
     named = f"metric {metric_name(task)!r} on {split}"
+    value: Any
     try:
         value = task.metric(outputs, targets)
     except Exception as error:
         raise TrialFailed(f"{named} raised {one_line(error)}") from error
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
-    if not math.isfinite(number) or isinstance(value, str):
+    if not math.isfinite(number):
         raise TrialFailed(f"{named} gave {shortened(value)}, allowed: a finite number")
     return number
 

@@ -124,7 +124,7 @@ def _task(
     version = f"{_sha256(splits[0])} {scale}"
     return Task(
         name=name,
-        model=base_model(name, net, recipe, train, version, progress),
+        model=base_model(name, net, recipe, train, data_version=version, progress=progress),
         train=train,
         val=val,
         test=test,

@@ -87,7 +87,7 @@ def _check_split(where: str, split: str, data: Any) -> None:
         indexed = (
             hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes | Mapping)
         )
-        of_arrays = isinstance(data, tuple) or isinstance(data, torch.Tensor) or hasattr(data, "__array__")
+        of_arrays = isinstance(data, tuple | torch.Tensor) or hasattr(data, "__array__")
         fits = isinstance(data, Dataset | DataLoader) or (indexed and not of_arrays)
         _require(fits, where, split, data, "a Dataset of (input, target), a pair of tensors, or a DataLoader")
     try:
@@ -129,9 +129,8 @@ def _check_step(task: Task, model: nn.Module, batch: Batch, split: str) -> Any:
         try:
             outputs = call_model(model, inputs)
         except Exception as error:
-            raise TaskError(
-                f"{where}: model fails in {mode} mode on the first batch of {split}, {describe(inputs)}: {one_line(error)}"
-            ) from error
+            given = f"on the first batch of {split}, {describe(inputs)}"
+            raise TaskError(f"{where}: model fails in {mode} mode {given}: {one_line(error)}") from error
         named = f"loss {loss_name(task)!r} on the first batch of {split}"
         try:
             loss = task.loss(outputs, targets)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from autocompress.errors import AutocompressError, DataMissing, TaskError, UsageError
 from autocompress.tasks import idx
-from autocompress.tasks.folders import data_root as data_root
-from autocompress.tasks.folders import data_roots as data_roots
+from autocompress.tasks.folders import data_root, data_roots
 from autocompress.tasks.routes import Apt, Installed, Npm, NpmFromPip, Route, RouteFailed
 
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = ["DATA_SETS", "FILES", "DataSet", "data_root", "data_roots", "data_set", "get", "images", "locate"]
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

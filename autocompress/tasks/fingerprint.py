@@ -74,7 +74,7 @@ def _add(digest: hashlib._Hash, value: Any) -> None:
         plain = value.detach().cpu()
         plain = plain.to_dense() if plain.layout is not torch.strided else plain
         digest.update(f"{plain.dtype}{list(plain.shape)}".encode())
-        digest.update(memoryview(plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         digest.update(f"mapping of {len(value)}".encode())
         for key in sorted(value, key=str):

@@ -62,7 +62,9 @@ def content_sha256(path: Path) -> str:
 
 def open_plain(path: Path) -> IO[bytes]:
     """The file opened for reading its content, gunzipped on the way if its name ends in .gz."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]  # an IO[bytes] in all but name
+    return path.open("rb")
 
 
 def _header(file: IO[bytes], path: Path) -> tuple[int, ...]:

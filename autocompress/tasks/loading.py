@@ -21,10 +21,11 @@ from typing import Any
 
 from autocompress.errors import AutocompressError, TaskError
 from autocompress.tasks.builtin import BUILTIN
-from autocompress.tasks.checking import check_fields
-from autocompress.tasks.checking import check_task as check_task
+from autocompress.tasks.checking import check_fields, check_task
 from autocompress.tasks.task import Task
 from autocompress.tasks.wording import describe, one_line
+
+__all__ = ["check_task", "load_task"]
 
 _DEFAULT_NAME = "task"
 

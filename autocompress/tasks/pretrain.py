@@ -36,6 +36,7 @@ def base_model(
     build: Callable[[], nn.Module],
     recipe: TrainingRecipe,
     train_data: tuple[torch.Tensor, torch.Tensor],
+    *,
     data_version: str,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -52,9 +53,9 @@ def base_model(
         return model
     from filelock import FileLock, Timeout
 
-    lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -63,13 +64,14 @@ def base_model(
     except _UNUSABLE as error:
         _warn_once(f"cache folder {path.parent} cannot be used ({error}); the base model is not kept")
         return train(_built(build, recipe.seed), recipe, train_data, name, say)
-    with lock:
-        lock.release()  # `acquire` above counted once more than `with` gives back
+    try:
         model = _read(path, build, recipe)
         if model is None:
             model = train(_built(build, recipe.seed), recipe, train_data, name, say)
             _write(path, model)
-    return model
+        return model
+    finally:
+        lock.release()
 
 
 def train(
@@ -95,21 +97,28 @@ def train(
     )
     say(f"{name}: training the base model once, {recipe.epochs} epochs")
     started = said = time.monotonic()
-    model.train().to(memory_format=torch.channels_last)  # a third faster than channels first on a CPU
+    _lay_out(model.train(), torch.channels_last)  # a third faster than channels first on a CPU
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(images), generator=generator)
         for step in range(steps):
             chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             loss = F.cross_entropy(model(_augment(images[chosen], recipe, generator)), labels[chosen])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
         if time.monotonic() - said > 3:
             said = time.monotonic()
             say(f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {loss.item():.4f}, {said - started:.0f} s")
     say(f"{name}: base model trained in {time.monotonic() - started:.1f} s")
-    return model.eval().to(memory_format=torch.contiguous_format)
+    return _lay_out(model.eval(), torch.contiguous_format)
+
+
+def _lay_out(model: nn.Module, order: torch.memory_format) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=order)
+    return model
 
 
 def _augment(images: torch.Tensor, recipe: TrainingRecipe, generator: torch.Generator) -> torch.Tensor:

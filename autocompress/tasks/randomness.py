@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ def preserved(seed: int | None = None) -> Iterator[None]:
     With a seed, all start from it inside.
     """
     python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    cuda: Any = torch.cuda  # its functions are not annotated
+    devices = list(range(cuda.device_count())) if cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
             if seed is not None:

@@ -17,7 +17,7 @@ from typing import Protocol
 _TIMEOUT_S = 900
 
 
-class RouteFailed(Exception):
+class RouteFailed(Exception):  # noqa: N818, named like TrialFailed
     """A route that did not work on this machine; its text is one line."""
 
 
@@ -131,7 +131,13 @@ def _program(name: str) -> str:
 def _run(command: list[str], folder: Path) -> None:
     try:
         done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RouteFailed(str(error)) from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autocompress.plan import LayerPlan, Measurement
+from autocompress.plan import LayerPlan, LayerSpec, Measurement
 from autocompress.record import StudyRecord, TrialRecord
 
 SETTLED = ("complete", "stopped", "failed")
@@ -62,20 +62,35 @@ def trial_run(record: StudyRecord, trial: TrialRecord, on_front: bool) -> Run:
         name=f"trial {trial.number}",
         status="FAILED" if trial.state == "failed" else "FINISHED",
         tags=tags,
-        params=trial_params(trial),
+        params=trial_params(record, trial),
         points=trial_points(record, trial),
     )
 
 
-def trial_params(trial: TrialRecord) -> dict[str, str]:
-    """LAYER.rank (or "full"), LAYER.bits and LAYER.threshold of each layer, and the recipe."""
+def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, str]:
+    """LAYER.rank (or "full"), LAYER.bits and LAYER.threshold of each layer, and the recipe.
+
+    Where a layer can be factored, LAYER.rank_share says the same as LAYER.rank in numbers alone
+    (1.0 is full): MLflow's parallel coordinates drop every run whose value is a word among
+    numbers. Trial 0, which would stretch every axis, has none and so stays out of that chart.
+    """
+    specs = {spec.name: spec for spec in record.layers}
     params: dict[str, str] = {}
     for name, key in layer_keys(trial.plan.layers).items():
         layer = trial.plan.layers[name]
         params[f"{key}.rank"] = "full" if layer.rank is None else str(layer.rank)
         params[f"{key}.bits"] = str(layer.bits)
         params[f"{key}.threshold"] = str(layer.threshold)
+        if trial.number != 0 and name in specs and (share := rank_share(specs[name], layer)) is not None:
+            params[f"{key}.rank_share"] = f"{share:.4g}"
     return params | {f"recipe.{key}": str(value) for key, value in trial.plan.recipe.to_json().items()}
+
+
+def rank_share(spec: LayerSpec, layer: LayerPlan) -> float | None:
+    """The rank over the full rank, 1 for a whole layer; None where the layer cannot be factored."""
+    if layer.scheme not in spec.schemes:
+        return None
+    return 1.0 if layer.rank is None else layer.rank / spec.full_rank(layer.scheme)
 
 
 def trial_points(record: StudyRecord, trial: TrialRecord) -> tuple[Point, ...]:

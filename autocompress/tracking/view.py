@@ -12,14 +12,13 @@ import statistics
 import zlib
 from typing import Any
 
-from autocompress.plan import Plan
 from autocompress.record import StudyRecord
-from autocompress.tracking.runs import layer_keys
+from autocompress.tracking.runs import trial_params
 
 VIEW_ID = "autocompress"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_ID}"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-MOST_KNOBS = 6
+MOST_KNOBS = 8
 """Axes of the parallel coordinates, beside the two metrics: more of them cannot be read."""
 SECTION = "autocompress-front"
 
@@ -117,10 +116,10 @@ def _card(kind: str, name: str) -> dict[str, Any]:
 def varied_knobs(record: StudyRecord, most: int = MOST_KNOBS) -> list[str]:
     """The parameters that vary most over the measured trials, trial 0 aside, in the plan's order.
 
-    Spread is the standard deviation over the largest value, so that bits, ranks and thresholds
-    compare; a full rank counts as the layer's own. A knob that is the same everywhere is none.
+    Spread is the standard deviation over the largest value, so that bits, shares of the full rank
+    and thresholds compare. A knob that is the same everywhere is none.
     """
-    rows = [_knob_values(record, trial.plan) for trial in record.measured if trial.number != 0]
+    rows = [_numbers(trial_params(record, trial)) for trial in record.measured if trial.number != 0]
     if len(rows) < 2:
         return []
     spread = {key: _spread([row.get(key, 0.0) for row in rows]) for key in rows[0]}
@@ -128,17 +127,8 @@ def varied_knobs(record: StudyRecord, most: int = MOST_KNOBS) -> list[str]:
     return [key for key in spread if key in widest]
 
 
-def _knob_values(record: StudyRecord, plan: Plan) -> dict[str, float]:
-    specs = {spec.name: spec for spec in record.layers}
-    values: dict[str, float] = {}
-    for name, key in layer_keys(plan.layers).items():
-        layer = plan.layers[name]
-        spec = specs.get(name)
-        whole = spec.full_rank(layer.scheme) if spec and layer.scheme in spec.schemes else 0
-        values[f"{key}.rank"] = float(whole if layer.rank is None else layer.rank)
-        values[f"{key}.bits"] = float(layer.bits)
-        values[f"{key}.threshold"] = float(layer.threshold)
-    return values | {f"recipe.{key}": float(value) for key, value in plan.recipe.to_json().items()}
+def _numbers(params: dict[str, str]) -> dict[str, float]:
+    return {key: float(value) for key, value in params.items() if not key.endswith(".rank")}
 
 
 def _spread(values: list[float]) -> float:

@@ -1,0 +1,439 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import autocompress
+from autocompress.errors import AutocompressError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autocompress.record import StudyRecord
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    _quiet()
+    try:
+        options = _parser().parse_args(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except AutocompressError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f" {str(error.filename)!r}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", 1)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"autocompress: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes on one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_fail(f"{message} (see {self.prog} --help)", 2))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="autocompress",
+        description="Search rank, bit-width and pruning threshold of every layer of a trained PyTorch model.",
+    )
+    parser.add_argument("--version", action="version", version=f"autocompress {autocompress.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Command, text: str, *shared: Callable[[argparse.ArgumentParser], None]) -> Any:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        for option in (*shared, _dir_option):
+            option(command)
+        return command
+
+    search = add("search", _search, "Search plans for a task.", _search_options, _goal_options)
+    search.add_argument("task", metavar="TASK", help="a built-in name, module:function, or file.py:function")
+    search.add_argument("--study", metavar="NAME", help="name of the study (default: made from the task's)")
+    search.add_argument("--trials", type=_whole, default=40, metavar="N", help="trials of the study in all (40)")
+    search.add_argument("--space", metavar="FILE|NAME", help="search space (default: the one called default)")
+    search.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything random (0)")
+    search.add_argument("--sampler", default="tpe", metavar="NAME", help="tpe, nsga2, nsga3, gp, qmc or random (tpe)")
+    search.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning of a trial (about 500 steps)")
+    _data_option(search)
+    resume = add("resume", _resume, "Go on with a study after any stop.", _search_options, _goal_options)
+    resume.add_argument("study", metavar="STUDY", nargs="?", help="the study (default: the latest)")
+    resume.add_argument("--trials", type=_whole, metavar="N", help="trials of the study in all (default: as before)")
+    front = add("front", _front, "Show a study's Pareto front.", _study_argument)
+    front.add_argument("--json", action="store_true", help="print it as JSON")
+    front.add_argument("--plot", metavar="FILE", help="draw it into FILE (.png or .html)")
+    add("sync", _sync, "Write a study to MLflow again.", _study_argument, _tracking_option)
+    add("tasks", _tasks, "List the built-in tasks, search spaces and studies.")
+    ui = add("ui", _ui, "Open the MLflow UI on a study's front.", _study_argument)
+    ui.add_argument("--port", type=_whole, default=5000, metavar="P", help="port on 127.0.0.1 (5000)")
+    inspect = add("inspect", _inspect, "Show what a task or an artifact holds.")
+    inspect.add_argument("what", metavar="TASK|FILE", help="a task as for search, or a file written by a search")
+    inspect.add_argument("--json", action="store_true", help="print it as JSON")
+    inspect.add_argument("--space", metavar="FILE|NAME", help="search space to count knobs in")
+    inspect.add_argument("--trials", type=_whole, default=40, metavar="N", help="trials to estimate for (40)")
+    inspect.add_argument("--workers", type=_whole, metavar="W", help="workers to estimate for")
+    inspect.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning to estimate for")
+    _data_option(inspect)
+    data = commands.add_parser("data", help="Get data sets.", description="Get data sets.")
+    get = data.add_subparsers(required=True, metavar="get", parser_class=_Parser).add_parser("get", help="get one")
+    get.add_argument("name", metavar="NAME", help="mnist or fashion-mnist")
+    get.set_defaults(run=_data_get)
+    _data_option(get)
+    export = add("export", _export, "Write a plan of the front to a deployment.", _study_argument, _goal_options)
+    export.add_argument("--pick", default=None, metavar="WHICH", help="knee, smallest, best or trial=N (smallest)")
+    export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx or torch (onnx)")
+    export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
+    return parser
+
+
+def _study_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", metavar="STUDY", nargs="?", help="the study (default: the latest)")
+
+
+def _dir_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dir", metavar="DIR", help="records folder (AUTOCOMPRESS_DIR, else ./autocompress_runs)")
+
+
+def _data_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data-dir", metavar="DIR", help="folder of data sets (default: AUTOCOMPRESS_DATA)")
+
+
+def _tracking_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: SQLite in the records folder)")
+
+
+def _goal_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-drop", metavar="D", help="how much worse than the baseline, such as 1%% or 0.01")
+    command.add_argument("--max-size", metavar="SIZE", help="largest file, such as 50KB")
+
+
+def _search_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=_whole, metavar="W", help="trials at a time (one a core, 8 at most)")
+    command.add_argument("--time-budget", metavar="T", help="stop after such as 10m; finished trials are kept")
+    command.add_argument("--address", metavar="RAY", help="a running Ray cluster (default: start one here)")
+    _tracking_option(command)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _search(options: argparse.Namespace) -> int:
+    from autocompress import api
+
+    _check_goal(options)
+    return _run_search(
+        options,
+        lambda **more: api.search(
+            options.task,
+            trials=options.trials,
+            workers=options.workers,
+            name=options.study,
+            dir=options.dir,
+            seed=options.seed,
+            space=options.space,
+            sampler=options.sampler,
+            time_budget=options.time_budget,
+            finetune_epochs=options.finetune_epochs,
+            tracking_uri=options.tracking_uri,
+            data_dir=options.data_dir,
+            address=options.address,
+            command=shlex.join(["autocompress", *sys.argv[1:]]),
+            **more,
+        ),
+        options.trials,
+    )
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from autocompress import api
+    from autocompress.folders import Records
+    from autocompress.search.study import StudyStore
+
+    _check_goal(options)
+    records = Records.find(options.dir)
+    options.study = records.existing(options.study)
+    trials = options.trials or StudyStore.open(records.file(options.study)).asked
+    return _run_search(
+        options,
+        lambda **more: api.resume(
+            options.study,
+            trials=options.trials,
+            workers=options.workers,
+            dir=options.dir,
+            time_budget=options.time_budget,
+            tracking_uri=options.tracking_uri,
+            address=options.address,
+            **more,
+        ),
+        trials,
+    )
+
+
+def _run_search(options: argparse.Namespace, search: Callable[..., Any], trials: int) -> int:
+    """Search with the board on the terminal; name the best points, how to look and how to export."""
+    from autocompress.terminal import Board, preflight_lines
+
+    console = _console()
+    names: list[str] = []
+    board = Board(console, trials)
+
+    def show(name: str, found: Any) -> None:
+        names.append(name)
+        for line in preflight_lines(name, found):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if found.trials:
+            board.__enter__()
+
+    try:
+        try:
+            study = search(listener=board, on_preflight=show)
+        finally:
+            board.__exit__()
+    except KeyboardInterrupt:
+        folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
+        how = f"go on with: autocompress resume {names[0]}{folder}" if names else "nothing was started"
+        return _fail(f"interrupted; what is finished is kept; {how}", 130)
+    _print_end(console, study.record, options)
+    return 0
+
+
+def _print_end(console: Console, record: StudyRecord, options: argparse.Namespace) -> None:
+    from autocompress import api, report
+    from autocompress.record import name_points
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
+    console.print(report.front_table(record))
+    failed = [t for t in record.trials if t.state == "failed"]
+    if failed:
+        say(f"{len(failed)} trials failed; the first: trial {failed[0].number}: {failed[0].error}")
+    for name, trial in name_points(record):
+        say(f"{name:<9} {report.trial_summary(record, trial)}")
+    goal = ""
+    if record.front and (options.max_drop or options.max_size):
+        goal = "".join(
+            f" --{what} {shlex.quote(value)}"
+            for what, value in (("max-drop", options.max_drop), ("max-size", options.max_size))
+            if value
+        )
+        try:
+            chosen = api.pick(record, max_drop=options.max_drop, max_size=options.max_size)
+            say(f"goal met  {report.trial_summary(record, chosen)}")
+        except UsageError as missed:
+            goal = ""
+            say(f"goal not met: {missed}")
+    say(f"look:     autocompress front {record.study}{folder}   or   autocompress ui {record.study}{folder}")
+    say(f"MLflow:   {_link(record, folder)}")
+    if record.front:
+        say(f"export:   autocompress export {record.study}{folder}{goal or ' --max-drop 1%'} --format onnx -o deploy")
+
+
+def _front(options: argparse.Namespace) -> int:
+    from autocompress import api, report
+
+    study = api.open_study(options.study, dir=options.dir)
+    record = study.record
+    if options.plot:
+        _plot(record, Path(options.plot))
+    if options.json:
+        print(json.dumps(record.to_front_json(), indent=2))
+        return 0
+    console = _console()
+    console.print(report.front_table(record))
+    folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
+    console.print(f"MLflow: {_link(record, folder)}", highlight=False, markup=False, soft_wrap=True)
+    if options.plot:
+        console.print(f"drawn: {options.plot}", highlight=False, markup=False)
+    return 0
+
+
+def _link(record: StudyRecord, folder: str) -> str:
+    """Where the study's front is in the MLflow UI, and what serves it."""
+    from autocompress.tracking.store import home_url, is_http
+
+    if not record.tracking_uri or not record.experiment_id:
+        return f"not written yet: autocompress sync {record.study}{folder}"
+    url = home_url(record.tracking_uri, record.experiment_id)
+    if is_http(record.tracking_uri):
+        return url
+    return f"http://127.0.0.1:5000{url}   (served by: autocompress ui {record.study}{folder})"
+
+
+def _plot(record: StudyRecord, path: Path) -> None:
+    from autocompress import report
+
+    draw = {".png": report.front_png, ".html": report.front_html}.get(path.suffix.lower())
+    if draw is None:
+        raise UsageError(f"plot is {str(path)!r}, allowed: a file that ends in .png or .html")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"folder {str(path.absolute().parent)!r} of --plot does not exist")
+    draw(record, path)
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from autocompress import api
+
+    home = api.sync(options.study, dir=options.dir, tracking_uri=options.tracking_uri)
+    print(f"written to {home.tracking_uri}: {home.url}")
+    return 0
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from autocompress.folders import Records
+    from autocompress.search.space import available
+    from autocompress.tasks.builtin import describe
+
+    records = Records.find(options.dir)
+    for title, entries in (("tasks", describe()), ("search spaces", available())):
+        print(f"{title}:")
+        for name, text in entries.items():
+            print(f"  {name:<16} {text}")
+    print(f"studies in {records.root}:")
+    for name in records.names():
+        print(f"  {name}")
+    return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from autocompress import api, tracking
+    from autocompress.folders import Records
+    from autocompress.tracking.store import home_url
+
+    record = api.open_study(options.study, dir=options.dir).record
+    if not record.tracking_uri or not record.experiment_id:
+        raise UsageError(f"study {record.study!r} is not in MLflow yet: run autocompress sync {record.study}")
+    root = Records.find(options.dir).mlflow_artifacts
+    path = home_url(record.tracking_uri, record.experiment_id)
+    tracking.serve(record.tracking_uri, root, options.port, path, _print_link)
+    return 0
+
+
+def _print_link(link: str) -> None:
+    print(f"the front is at {link}   (Ctrl-C ends)", flush=True)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from autocompress import inspection
+
+    path = Path(options.what)
+    if path.is_file() and path.suffix != ".py":
+        found = inspection.inspect_file(path)
+        if options.json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            _console().print(inspection.file_table(found))
+        return 0
+    if path.suffix == ".acz":
+        raise UsageError(f"file {options.what!r} does not exist")
+    report = inspection.inspect_task(
+        options.what,
+        space=options.space,
+        trials=options.trials,
+        workers=options.workers,
+        epochs=options.finetune_epochs,
+        data_dir=options.data_dir,
+    )
+    if options.json:
+        print(json.dumps(report.to_json(), indent=2))
+        return 0
+    from autocompress.terminal import coverage_table, preflight_lines
+
+    console = _console()
+    console.print(coverage_table(report))
+    for line in preflight_lines("to come", report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _data_get(options: argparse.Namespace) -> int:
+    from autocompress.tasks import data
+
+    where = data.get(options.name, options.data_dir, lambda text: print(text, file=sys.stderr))
+    print(where)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from autocompress import api, report
+
+    _check_goal(options)
+    study = api.open_study(options.study, dir=options.dir)
+    choice = options.pick or "smallest"
+    if options.pick is None and not (options.max_drop or options.max_size):
+        choice = "knee"
+    trial = api.pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
+    manifest = api.export_point(study, study.point(trial), Path(options.out), options.format)
+    print(f"exported  {report.trial_summary(study.record, trial)}")
+    out = Path(options.out)
+    print(
+        f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
+        f"artifact on the test set; {out / 'manifest.json'} says how"
+    )
+    return 0
+
+
+def _check_goal(options: argparse.Namespace) -> None:
+    """Mistakes in --max-drop and --max-size show before any work is done."""
+    from autocompress.record import parse_drop, parse_size
+
+    if options.max_drop is not None:
+        parse_drop(options.max_drop)
+    if options.max_size is not None:
+        parse_size(options.max_size)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _quiet() -> None:
+    """Our own warnings on standard error, one line each; other libraries' chatter off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("autocompress: %(message)s"))
+    logger = logging.getLogger("autocompress")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What a search will do, before it does it: coverage, knobs, trials, time and memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autocompress.compress.finetune import finetune
+from autocompress.plan import LayerSpec, Recipe, check
+from autocompress.search.space import Space, ladder
+from autocompress.tasks.batches import evaluate
+from autocompress.trial import Workbench
+
+STARTUP_SECONDS = 12.0
+"""Ray's start, and torch imported once in each worker."""
+WORKER_BYTES = 220e6
+"""What a worker process holds beside what this process holds too."""
+RAY_BYTES = 450e6
+_WARM, _TIMED = 2, 6
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One tensor of the model, or one layer: compressed, or kept and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    elements: int
+    macs: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found and what to expect. Times in seconds for the whole search, memory in bytes at its peak."""
+
+    coverage: tuple[CoverageRow, ...]
+    compressed: int
+    kept: int
+    baseline_bytes: int
+    knobs: int
+    plans: float
+    trials: int
+    workers: int
+    threads: int
+    epochs: float
+    seconds: float
+    memory_bytes: float
+
+    @property
+    def share(self) -> float:
+        """The share of the model's elements that a plan reaches."""
+        return self.compressed / max(1, self.compressed + self.kept)
+
+    def to_json(self) -> dict[str, Any]:
+        plans = None if math.isinf(self.plans) else self.plans
+        return {**asdict(self), "plans": plans, "share": self.share}
+
+
+def coverage(bench: Workbench) -> tuple[CoverageRow, ...]:
+    """Every parameter and buffer of the model, once."""
+    rows = [CoverageRow(s.label, s.kind, s.shape, s.parameters, s.macs, _layer_note(s)) for s in bench.layers]
+    rows += [CoverageRow(k.name, "kept", (), k.elements, 0, k.reason) for k in bench.inventory.kept]
+    return tuple(rows)
+
+
+def preflight(
+    bench: Workbench, space: Space, *, trials: int, workers: int, threads: int, epochs: float, rungs: int, startup: bool
+) -> Preflight:
+    """Measure a few steps of a middling plan on one worker's threads, and extend that to the search.
+
+    `startup` is false when the search is not about to start Ray (there is nothing to wait for).
+    """
+    rows = coverage(bench)
+    kept = sum(r.elements for r in rows if r.kind == "kept")
+    total = sum(r.elements for r in rows)
+    step, fixed = _costs(bench, space, threads, epochs)
+    recipe_epochs = space.plan(space.clip({k.name: k.at(0.5) for k in space.knobs}), epochs).recipe.epochs
+    full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
+    early = max(0, trials - uniform_steps(trials) - 1)
+    work = full * (trials - 0.35 * early)
+    seconds = (STARTUP_SECONDS if startup else 0.0) + work / min(workers, max(1, trials)) + fixed * 8
+    return Preflight(
+        coverage=rows,
+        compressed=total - kept,
+        kept=kept,
+        baseline_bytes=bench.baseline_bytes(),
+        knobs=len(space.knobs),
+        plans=space.size(),
+        trials=trials,
+        workers=workers,
+        threads=threads,
+        epochs=recipe_epochs,
+        seconds=seconds,
+        memory_bytes=_memory(workers),
+    )
+
+
+def uniform_steps(trials: int) -> int:
+    """How many uniform plans a search of so many trials begins with, after trial 0."""
+    return max(1, min(10, trials // 3)) if trials > 1 else 0
+
+
+def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple[float, float]:
+    """Seconds of one optimiser step, and of one measurement (encode, decode, validate)."""
+    import torch
+
+    from autocompress.compress import apply
+
+    steps = ladder(space, bench.layers, 3)
+    plan = space.plan(steps[len(steps) // 2] if steps else {}, epochs)
+    check(plan, bench.layers)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = apply.compress(bench.model, bench.layers, plan, bench.svd)
+            _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))
+            share = 1.0 / bench.steps_per_epoch
+            recipe = Recipe((_WARM + _TIMED) * share, plan.recipe.learning_rate, plan.recipe.distillation)
+            feed = bench.feed(0, recipe.distillation > 0)
+            rungs = finetune(model, feed, bench.task.loss, recipe, [_WARM * share, recipe.epochs])
+            next(rungs)
+            _, seconds = _timed(lambda: next(rungs))
+    finally:
+        torch.set_num_threads(before)
+    return seconds / _TIMED, fixed
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - began
+
+
+def _memory(workers: int) -> float:
+    """Resident bytes of the driver, Ray's own processes and the workers."""
+    import psutil
+
+    mine = float(psutil.Process().memory_info().rss)
+    return mine + RAY_BYTES + workers * (mine + WORKER_BYTES)
+
+
+def _layer_note(spec: LayerSpec) -> str:
+    note = f"rank to {spec.max_rank(spec.schemes[0])}" if spec.factorable and spec.max_rank() else "whole"
+    if spec.whole_because:
+        note += f" ({spec.whole_because})"
+    return note

@@ -1,0 +1,162 @@
+"""What a search shows while it runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from autocompress.plan import Measurement
+from autocompress.record import StudyRecord, TrialRecord, name_points
+from autocompress.report import human_bytes, human_count, metric_text, trial_summary
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from autocompress.engine import Job
+    from autocompress.preflight import Preflight
+
+_ROWS = 8
+
+
+def human_time(seconds: float) -> str:
+    """ "45 s", "3 min 20 s", "2 h 5 min"."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def preflight_lines(name: str, found: Preflight) -> list[str]:
+    """The preflight in a few lines."""
+    plans = "unlimited plans (some knobs are real numbers)" if math.isinf(found.plans) else f"{found.plans:.3g} plans"
+    return [
+        f"study {name}: {found.trials} trials to run, {found.workers} at a time with {found.threads} "
+        f"thread{'s' * (found.threads > 1)} each, {found.epochs:.3g} epochs of finetuning a trial",
+        f"space: {found.knobs} knobs, {plans}; {found.share:.1%} of {human_count(found.compressed + found.kept)} values "
+        f"compressible, float32 model {human_bytes(found.baseline_bytes)}",
+        f"expected: about {human_time(found.seconds)}, {human_bytes(found.memory_bytes)} of memory",
+    ]
+
+
+def coverage_table(found: Preflight) -> Table:
+    """Every tensor of the model: compressed, or kept and why."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("tensor", "kind", "shape", "values", "MACs", "note"):
+        table.add_column(column, justify="right" if column in ("values", "MACs") else "left")
+    for row in found.coverage:
+        shape = "x".join(map(str, row.shape))
+        macs = human_count(row.macs) if row.macs else ""
+        table.add_row(row.name, row.kind, shape, human_count(row.elements), macs, row.note)
+    return table
+
+
+class Board:
+    """A `session.Listener` that shows the search: live where the console is a terminal."""
+
+    def __init__(self, console: Console, trials: int) -> None:
+        self.console, self.trials = console, trials
+        self.live: Any = None
+        self._began = time.monotonic()
+        self._rows: dict[int, str] = {}
+        self._ended: list[TrialRecord] = []
+        self._first_done = 0
+        self._record: StudyRecord | None = None
+
+    def __enter__(self) -> Board:
+        if self.console.is_terminal:
+            from rich.live import Live
+
+            self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def started(self, job: Job) -> None:
+        """A trial was handed to a worker."""
+        self._rows[job.number] = "starting"
+
+    def measured(self, number: int, measurement: Measurement) -> None:
+        """A trial reached a rung."""
+        self._rows[number] = (
+            f"epoch {measurement.epoch:.3g}  {human_bytes(measurement.size_bytes)}  {metric_text(measurement.metric_val)}"
+        )
+
+    def ended(self, trial: TrialRecord, record: StudyRecord) -> None:
+        """A trial is over."""
+        self._rows.pop(trial.number, None)
+        self._ended.append(trial)
+        self._record = record
+        if self.live is None:
+            self.console.print(self._line(trial, record), highlight=False, markup=False, soft_wrap=True)
+        elif trial.state == "failed":
+            self.console.print(f"trial {trial.number} failed: {trial.error}", highlight=False, markup=False)
+
+    def _line(self, trial: TrialRecord, record: StudyRecord) -> str:
+        done = sum(t.state != "running" for t in record.trials)
+        tail = f"[{done}/{self.trials}, hypervolume {record.hypervolume():.3f}{self._left(done)}]"
+        if trial.best is None or trial.state == "failed":
+            return f"trial {trial.number:>3} failed: {trial.error} {tail}"
+        mark = "  front" if any(t.number == trial.number for t in record.front) else ""
+        return (
+            f"trial {trial.number:>3} {trial.state:<8} {human_bytes(trial.best.size_bytes):>8} "
+            f"{record.ratio(trial):6.1f}x  {record.metric} {metric_text(trial.best.metric_val)}{mark}  {tail}"
+        )
+
+    def _left(self, done: int) -> str:
+        mine = len(self._ended)
+        if mine < 2 or done >= self.trials:
+            return ""
+        rate = (time.monotonic() - self._began) / mine
+        return f", {human_time(rate * (self.trials - done))} left"
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        record = self._record
+        done = sum(t.state != "running" for t in record.trials) if record else 0
+        head = Table.grid(padding=(0, 1))
+        elapsed = human_time(time.monotonic() - self._began)
+        volume = f"hypervolume {record.hypervolume():.3f}" if record else "starting workers"
+        progress = ProgressBar(total=self.trials, completed=done, width=30)
+        head.add_row(progress, f"{done}/{self.trials} trials", volume, f"{elapsed}{self._left(done)}")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        metric = record.metric if record else "metric"
+        for column in ("trial", "state", "size", "ratio", metric, "epoch"):
+            table.add_column(column, justify="left" if column == "state" else "right")
+        for number, text in sorted(self._rows.items()):
+            table.add_row(str(number), Text(text, style="cyan"))
+        front = {t.number for t in record.front} if record else set()
+        for trial in self._ended[::-1][: _ROWS - len(self._rows)]:
+            self._add(table, record, trial, trial.number in front)
+        parts: list[RenderableType] = [head, table]
+        if record and record.front:
+            parts.append(Text("front", style="bold"))
+            parts += [Text(f"  {name:<9}{trial_summary(record, trial)}") for name, trial in name_points(record)]
+        return Group(*parts)
+
+    def _add(self, table: Table, record: StudyRecord | None, trial: TrialRecord, on_front: bool) -> None:
+        from rich.text import Text
+
+        if trial.best is None or record is None:
+            table.add_row(str(trial.number), Text(f"failed: {trial.error}", style="red"))
+            return
+        table.add_row(
+            str(trial.number),
+            Text("front" if on_front else trial.state, style="bold green" if on_front else ""),
+            human_bytes(trial.best.size_bytes),
+            f"{record.ratio(trial):.1f}x",
+            metric_text(trial.best.metric_val),
+            f"{trial.best.epoch:.3g}",
+        )
