@@ -26,6 +26,7 @@ LAYERS = (
     LayerSpec("fc1", "linear", (120, 256), 30_720),
     LayerSpec("fc2", "linear", (10, 120), 1_200),
 )
+LAYERS_MATRIX = {"conv1": (16, 9), "fc1": (120, 256), "fc2": (10, 120)}
 BASELINE_BYTES = 140_000
 
 
@@ -108,11 +109,16 @@ def describe(record: StudyRecord) -> str:
 def run_live(record: StudyRecord, uri: str, artifacts: Path | None, status: str = "FINISHED") -> MlflowTracker:
     """Write a whole study as a search does: trial by trial, then the end."""
     tracker = MlflowTracker(uri, artifact_root=artifacts, write_front=write_front, describe=describe)
-    tracker.start(upto(record, 0))
-    for number, trial in enumerate(record.trials, 1):
-        tracker.log(upto(record, number), trial)
-        time.sleep(0.01)
-    tracker.finish(with_test_metrics(record), status)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autocompress.tracking.tracker.GATHER_S", 0.0)
+        tracker.start(upto(record, 0))
+        deadline = time.monotonic() + 60
+        while tracker.home is None and tracker.problem is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for number, trial in enumerate(record.trials, 1):
+            tracker.log(upto(record, number), trial)
+            time.sleep(0.03)
+        tracker.finish(with_test_metrics(record), status)  # type: ignore[arg-type]
     return tracker
 
 
@@ -170,6 +176,9 @@ def test_a_plain_client_finds_each_trial(live: tuple[StudyRecord, MlflowTracker]
             assert run.data.params[f"{name}.rank"] == ("full" if layer.rank is None else str(layer.rank))
             assert int(run.data.params[f"{name}.bits"]) == layer.bits
             assert float(run.data.params[f"{name}.threshold"]) == layer.threshold
+            if trial.number != 0:
+                share = 1.0 if layer.rank is None else layer.rank / min(LAYERS_MATRIX[name])
+                assert float(run.data.params[f"{name}.rank_share"]) == pytest.approx(share, rel=1e-3)
         assert float(run.data.params["recipe.learning_rate"]) == trial.plan.recipe.learning_rate
         plan = json.loads(Path(client.download_artifacts(run.info.run_id, "plan.json")).read_text())
         assert Plan.from_json(plan) == trial.plan
@@ -211,6 +220,34 @@ def test_pareto_flags_follow_the_front(live: tuple[StudyRecord, MlflowTracker], 
     assert {int(run.data.tags["autocompress.trial"]) for run in found} == front
     rest = client.search_runs([tracker.home.experiment_id], "tags.pareto = 'false'")
     assert len(rest) == 24 - len(front)
+
+
+def test_only_the_runs_whose_membership_changed_are_written_again(store: tuple[str, Path]) -> None:
+    from autocompress.tracking.mirror import Mirror
+    from autocompress.tracking.store import connect
+
+    record = synthetic_study(16, "flags")
+    client = connect(store[0])
+    mirror = Mirror(client, store[0], upto(record, 0), store[1])
+    rewritten: list[str] = []
+    log_batch = client.log_batch
+
+    def spy(run_id: str, *args: object, tags: Sequence[object] = (), **keywords: object) -> None:
+        rewritten.extend([run_id] * bool(tags))
+        log_batch(run_id, *args, tags=tags, **keywords)
+
+    client.log_batch = spy
+    left = 0
+    for number in range(1, 17):
+        before, after = upto(record, number - 1).front, upto(record, number).front
+        leavers = {t.number for t in before} - {t.number for t in after}
+        rewritten.clear()
+        mirror.update(upto(record, number), {})
+        assert len(rewritten) == len(leavers)
+        found = client.search_runs([mirror.home.experiment_id], "tags.pareto = 'true'")
+        assert {int(run.data.tags["autocompress.trial"]) for run in found} == {t.number for t in after}
+        left += len(leavers)
+    assert left > 3
 
 
 def test_the_parent_run(live: tuple[StudyRecord, MlflowTracker], store: tuple[str, Path]) -> None:

@@ -73,14 +73,13 @@ class Mirror:
         known. `final` waits for no running trial.
         """
         front = {trial.number for trial in record.front}
-        for trial in record.trials:
-            if trial.state not in runs.SETTLED:
-                continue
-            on_front = trial.number in front
-            signature = (trial.state, trial.best, trial.metric_test, on_front)
-            if self._settled.get(trial.number) != signature:
-                self._write_trial(record, trial, on_front, ended.get(trial.number))
-                self._settled[trial.number] = signature
+        with tempfile.TemporaryDirectory() as scratch:
+            for trial in record.trials:
+                on_front = trial.number in front
+                signature = (trial.state, trial.best, trial.metric_test, on_front)
+                if trial.state in runs.SETTLED and self._settled.get(trial.number) != signature:
+                    self._write_trial(record, trial, on_front, ended.get(trial.number), Path(scratch))
+                    self._settled[trial.number] = signature
         self._write_hypervolumes(record, ended, final)
 
     def describe(self, record: StudyRecord, text: str) -> None:
@@ -158,17 +157,19 @@ class Mirror:
             if not token:
                 return found
 
-    def _write_trial(self, record: StudyRecord, trial: TrialRecord, on_front: bool, ended: float | None) -> None:
+    def _write_trial(
+        self, record: StudyRecord, trial: TrialRecord, on_front: bool, ended: float | None, scratch: Path
+    ) -> None:
         wanted = runs.trial_run(record, trial, on_front)
         stored = self._trials.get(trial.number)
         if stored is not None and not _grows_into(stored, wanted):
             self._client.delete_run(stored.run_id)
             stored = None
         if stored is None:
-            stored = self._create_trial(trial, wanted, _start_ms(record, trial, ended))
+            stored = self._create_trial(trial, wanted, _start_ms(record, trial, ended), scratch)
             self._trials[trial.number] = stored
         elif stored.tags.get(PLAN_TAG) != PLAN_FILE:
-            self._write_plan(stored, trial)
+            self._write_plan(stored, trial, scratch)
         self._write_points(stored, wanted)
         self._write_tags(stored.run_id, stored.tags, wanted.tags)
         if stored.status != wanted.status:
@@ -177,21 +178,20 @@ class Mirror:
             stored.status = wanted.status
         self._alive()
 
-    def _create_trial(self, trial: TrialRecord, wanted: runs.Run, start_ms: int) -> _Stored:
+    def _create_trial(self, trial: TrialRecord, wanted: runs.Run, start_ms: int, scratch: Path) -> _Stored:
         tags = {"mlflow.parentRunId": self.home.run_id, PLAN_TAG: PLAN_FILE, **wanted.tags}
         run = self._client.create_run(self.home.experiment_id, start_ms, tags, wanted.name)
         stored = _stored(run)
-        self._write_plan(stored, trial)
+        self._write_plan(stored, trial, scratch)
         return stored
 
-    def _write_plan(self, stored: _Stored, trial: TrialRecord) -> None:
+    def _write_plan(self, stored: _Stored, trial: TrialRecord, scratch: Path) -> None:
         """Write the plan as an artifact; where artifacts are refused, tag the run so that a sync tries again."""
         written = False
         if self.artifact_problem is None:
-            with tempfile.TemporaryDirectory() as folder:
-                plan = Path(folder, PLAN_FILE)
-                plan.write_text(_json(trial.plan.to_json()), encoding="utf-8")
-                written = self._log_artifact(stored.artifact_uri, plan, None)
+            plan = scratch / PLAN_FILE
+            plan.write_text(_json(trial.plan.to_json()), encoding="utf-8")
+            written = self._log_artifact(stored.artifact_uri, plan, None)
         self._write_tags(stored.run_id, stored.tags, {PLAN_TAG: PLAN_FILE if written else "missing"})
 
     def _write_points(self, stored: _Stored, wanted: runs.Run) -> None:

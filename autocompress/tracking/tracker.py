@@ -23,6 +23,8 @@ Describe = Callable[[StudyRecord], str]
 
 FRONT_EVERY_S = 60.0
 """How often the front's figures are written while the study runs."""
+GATHER_S = 1.0
+"""How long trials are gathered between two writes: flags and hypervolumes then cost less."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 PATIENCE_S, LOCAL_PATIENCE_S = 10.0, 60.0
 """How long `finish` waits for an answer of a server, and of a database, which may be migrating."""
@@ -147,6 +149,7 @@ class MlflowTracker:
                 self._written, delay, failures = record, FIRST_RETRY_S, 0
                 if status is not None:
                     return
+                self._pause(GATHER_S)
             except Exception as error:
                 if self._given_up.is_set():
                     return
@@ -154,12 +157,16 @@ class MlflowTracker:
                 mirror, failures = None, failures + 1 if status is not None else 0
                 if failures >= LAST_ATTEMPTS:
                     return
-                with self._wake:
-                    if status is None:
-                        self._wake.wait_for(lambda: self._ending is not None, timeout=delay)
-                    else:
-                        self._wake.wait(timeout=FIRST_RETRY_S)
+                if status is None:
+                    self._pause(delay)
+                else:
+                    time.sleep(FIRST_RETRY_S)
                 delay = min(2 * delay, LONGEST_RETRY_S)
+
+    def _pause(self, seconds: float) -> None:
+        """Wait that long, or until the end has come."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._ending is not None, timeout=seconds)
 
     def _open(self, record: StudyRecord) -> Mirror:
         with self._own_work():
