@@ -12,7 +12,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,13 @@ def train(
 
     Leaves the global random state alone.
     """
-    say = progress or logger.info
+    with _threads(recipe.threads):
+        return _train(model, recipe, data, name, progress or logger.info)
+
+
+def _train(
+    model: nn.Module, recipe: TrainingRecipe, data: tuple[torch.Tensor, torch.Tensor], name: str, say: Progress
+) -> nn.Module:
     images, labels = data
     generator = torch.Generator().manual_seed(recipe.seed)
     steps = max(1, len(images) // recipe.batch_size)
@@ -113,6 +120,16 @@ def train(
             say(f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {loss.item():.4f}, {said - started:.0f} s")
     say(f"{name}: base model trained in {time.monotonic() - started:.1f} s")
     return _lay_out(model.eval(), torch.contiguous_format)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _lay_out(model: nn.Module, order: torch.memory_format) -> nn.Module:
