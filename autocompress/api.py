@@ -8,8 +8,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from autocompress.preflight import Preflight
-    from autocompress.session import Listener
+    from autocompress.session import Listener, Session
+    from autocompress.trial import Workbench
 
 _log = logging.getLogger("autocompress")
 DEFAULT_TRIALS = 40
@@ -251,7 +253,7 @@ def _search(
     task: Task,
     *,
     records: Records,
-    origin: dict[str, str] | None,
+    origin: Mapping[str, str] | None,
     trials: int,
     workers: int | None,
     name: str | None,
@@ -269,8 +271,8 @@ def _search(
     from autocompress import engine, preflight
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder, load_space
-    from autocompress.session import Session, Silent, measure_tests
-    from autocompress.tasks.batches import evaluate, metric_name
+    from autocompress.session import Session, Silent
+    from autocompress.tasks.batches import metric_name
     from autocompress.tasks.checking import check_task
     from autocompress.tasks.fingerprint import fingerprint
     from autocompress.trial import Workbench
@@ -282,80 +284,92 @@ def _search(
     check_task(task)
     bench = Workbench(task)
     found = load_space(space, bench.layers)
-    chosen_epochs = bench.default_epochs if epochs is None else epochs
-    prints = {**fingerprint(task), "space": found.fingerprint()}
-    name = name or records.new_name(task.name)
-    with records.lock(name):
-        file = records.file(name)
-        if file.exists():
-            store = StudyStore.open(file)
-            _same_study(store.settings, prints, seed, chosen_epochs)
-        else:
-            settings = Settings(
-                study=name,
-                task=task.name,
-                metric=metric_name(task),
-                direction=task.direction,
-                seed=seed,
-                sampler=sampler,
-                baseline_bytes=bench.baseline_bytes(),
-                layers=bench.layers,
-                space=found.source,
-                fingerprint=prints,
-                epochs=chosen_epochs,
-                rungs=RUNGS,
-                steps=preflight.uniform_steps(trials),
-                command=command,
-                created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                versions=versions(),
-                origin=origin,
-            )
-            store = StudyStore.create(file, settings)
-        steps = ladder(found, bench.layers, store.settings.steps) if store.settings.steps else []
+    settings = Settings(
+        study=name or records.new_name(task.name),
+        task=task.name,
+        metric=metric_name(task),
+        direction=task.direction,
+        seed=seed,
+        sampler=sampler,
+        baseline_bytes=bench.baseline_bytes(),
+        layers=bench.layers,
+        space=found.source,
+        fingerprint={**fingerprint(task), "space": found.fingerprint()},
+        epochs=bench.default_epochs if epochs is None else epochs,
+        rungs=RUNGS,
+        steps=preflight.uniform_steps(trials),
+        command=command,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        versions=versions(),
+        origin=origin,
+    )
+    with records.lock(settings.study):
+        store = _store(records, settings)
+        settings = store.settings
+        steps = ladder(found, bench.layers, settings.steps) if settings.steps else []
         store.begin(found, steps, trials, cluster.workers)
-        left = trials - sum(t.state != "running" for t in store.record().trials)
+        left = max(0, trials - sum(t.state != "running" for t in store.record().trials))
         if on_preflight is not None:
             expected = preflight.preflight(
                 bench,
                 found,
-                trials=max(0, left),
+                trials=left,
                 workers=cluster.workers,
                 threads=cluster.threads,
-                epochs=chosen_epochs,
-                rungs=len(RUNGS),
+                epochs=settings.epochs,
+                rungs=len(settings.rungs),
                 startup=left > 0,
             )
-            on_preflight(name, expected)
-        session = Session(store, records, None, listener or Silent())
+            on_preflight(settings.study, expected)
+        deadline = None if budget is None else time.monotonic() + budget
+        session = Session(store, records, listener or Silent(), deadline)
         session.tracker = _tracker(records, tracking_uri, session.homes.put)
-        session.tracker.start(session.record)
-        session.deadline = None if budget is None else time.monotonic() + budget
-        status = "KILLED"
-        try:
-            if left > 0:
-                engine.run(task, session, cluster, left, store.settings.rungs)
-            status = "FINISHED"
-        finally:
-            session.note_homes()
-            session.drop_artifacts()
-            if status == "FINISHED":
-                _note_tests(store, records, lambda m: evaluate(task, m.to(bench.device), "test"), task, measure_tests)
-            session.tracker.finish(records_of(records, store), status)
-            session.note_homes()
-            problem = session.tracker.problem
-            if problem:
-                _log.warning("%s; when it is back, run: autocompress sync %s", problem, name)
+        with _tracked(session):
+            if left:
+                engine.run(task, session, cluster, left, settings.rungs)
+            _note_tests(store, records, task, bench)
         return Study(records_of(records, store), records, task)
 
 
-def _note_tests(
-    store: StudyStore, records: Records, measure: Callable[[nn.Module], float], task: Task, tests: Callable[..., Any]
-) -> None:
+def _store(records: Records, settings: Settings) -> StudyStore:
+    """The study of that name, which must be of the same task, data, space, seed and finetuning, or a new one."""
+    file = records.file(settings.study)
+    if not file.exists():
+        return StudyStore.create(file, settings)
+    store = StudyStore.open(file)
+    _same_study(store.settings, settings)
+    return store
+
+
+@contextlib.contextmanager
+def _tracked(session: Session) -> Iterator[None]:
+    """MLflow follows the session in here; what was still to be written is written at the end, however it comes."""
+    session.tracker.start(session.record)
+    status = "KILLED"
+    try:
+        yield
+        status = "FINISHED"
+    finally:
+        session.note_homes()
+        session.drop_artifacts()
+        study = session.store.settings.study
+        session.tracker.finish(records_of(session.records, session.store), status)
+        session.note_homes()
+        if session.tracker.problem:
+            _log.warning("%s; when it is back, run: autocompress sync %s", session.tracker.problem, study)
+
+
+def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbench) -> None:
     """Measure the front's members and the baseline on the test split, once each."""
     from autocompress.compress.artifact import load
+    from autocompress.session import measure_tests
+    from autocompress.tasks.batches import evaluate
 
-    record = records_of(records, store)
-    store.note_tests(tests(record, lambda t: measure(load(records.root / str(t.artifact), model=task.model))))
+    def measure(trial: TrialRecord) -> float:
+        model = load(records.root / str(trial.artifact), model=task.model)
+        return evaluate(task, model.to(bench.device), "test")
+
+    store.note_tests(measure_tests(records_of(records, store), measure))
 
 
 def records_of(records: Records, store: StudyStore) -> StudyRecord:
@@ -477,6 +491,7 @@ def _tracker(records: Records, uri: str | None, on_home: Callable[[Any], None]) 
         chosen,
         artifact_root=_artifact_root(records, chosen),
         write_front=report.write_front,
+        write_live=partial(report.write_front, html=False),
         describe=report.describe,
         on_home=on_home,
     )
@@ -486,17 +501,22 @@ def _artifact_root(records: Records, uri: str) -> Path | None:
     return None if uri.startswith(("http://", "https://")) else records.mlflow_artifacts
 
 
-def _same_study(settings: Settings, prints: dict[str, str], seed: int, epochs: float) -> None:
-    """Raise StudyError unless an existing study is of this task, data, metric, space, seed and finetuning."""
-    for what, value in prints.items():
-        if settings.fingerprint.get(what) != value:
+def _same_study(old: Settings, new: Settings) -> None:
+    """Raise StudyError unless a study that exists is of this task, data, metric, space, seed and finetuning."""
+    for what, value in new.fingerprint.items():
+        if old.fingerprint.get(what) != value:
             raise StudyError(
-                f"study {settings.study!r} exists with another {what} (fingerprint {settings.fingerprint.get(what)}, "
+                f"study {old.study!r} exists with another {what} (fingerprint {old.fingerprint.get(what)}, "
                 f"now {value}): give another --study name, or the same {what} as before"
             )
-    for what, old, new in (("seed", settings.seed, seed), ("finetune-epochs", settings.epochs, epochs)):
-        if old != new:
-            raise StudyError(f"study {settings.study!r} exists with {what} {old:g}, not {new:g}: give another --study")
+    pairs = (
+        ("seed", old.seed, new.seed),
+        ("sampler", old.sampler, new.sampler),
+        ("finetune-epochs", old.epochs, new.epochs),
+    )
+    for what, before, now in pairs:
+        if before != now:
+            raise StudyError(f"study {old.study!r} exists with {what} {before}, not {now}: give another --study name")
 
 
 def origin_of(spec: str, data_dir: str | Path | None) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted."""
+"""The command line: parse, call, print.
+
+Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -357,7 +360,9 @@ def _inspect(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(found.to_json(), indent=2))
         else:
-            _console().print(inspection.file_table(found))
+            console = _console()
+            console.print(inspection.file_summary(found), highlight=False, markup=False, soft_wrap=True)
+            console.print(inspection.file_table(found))
         return 0
     if path.suffix == ".acz":
         raise UsageError(f"file {options.what!r} does not exist")

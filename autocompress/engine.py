@@ -72,10 +72,19 @@ def plan_cluster(workers: int | None, address: str | None = None) -> Cluster:
     return Cluster(workers, max(1, cores // workers), address)
 
 
-def run(task: Task, ledger: Ledger, cluster: Cluster, trials: int, rungs: Sequence[float]) -> None:
+def run(
+    task: Task,
+    ledger: Ledger,
+    cluster: Cluster,
+    trials: int,
+    rungs: Sequence[float],
+    *,
+    trial: Callable[..., Iterator[Any]] | None = None,
+) -> None:
     """Run up to `trials` trials to their end. Raises KeyboardInterrupt when the user stops it.
 
     Trials that are running at that moment end where they are and are not told to the ledger.
+    `trial` runs one: it is called as `autocompress.trial.run_trial` is, which it is by default.
     """
     with _quiet_ray(cluster) as ray:
         from ray import tune
@@ -84,7 +93,7 @@ def run(task: Task, ledger: Ledger, cluster: Cluster, trials: int, rungs: Sequen
         relay = _Relay(ledger)
         searcher, scheduler, callback = _adapters(relay)
         folder = tempfile.mkdtemp(prefix="autocompress-ray-")
-        payload = ray.put(_dump(task))
+        payload = ray.put(_dump(task, trial))
         resources = {"cpu": 1, "gpu": _gpu_share(ray, cluster)}
         tuner = tune.Tuner(
             tune.with_resources(
@@ -188,8 +197,8 @@ def _gpu_share(ray: Any, cluster: Cluster) -> float:
     return min(1.0, gpus / cluster.workers)
 
 
-def _dump(task: Task) -> bytes:
-    """The task as bytes, its own module by value; pickled here and read back only by our own workers."""
+def _dump(task: Task, trial: Callable[..., Iterator[Any]] | None) -> bytes:
+    """The task as bytes, its own modules by value; pickled here and read back only by our own workers."""
     from ray import cloudpickle
 
     with contextlib.ExitStack() as stack:
@@ -197,7 +206,7 @@ def _dump(task: Task) -> bytes:
             cloudpickle.register_pickle_by_value(module)
             stack.callback(cloudpickle.unregister_pickle_by_value, module)
         try:
-            return bytes(cloudpickle.dumps(task))
+            return bytes(cloudpickle.dumps((task, trial)))
         except (pickle.PicklingError, TypeError, AttributeError, RuntimeError) as error:
             raise UsageError(f"task {task.name!r} cannot be sent to a worker process: {error}") from error
 
@@ -235,10 +244,11 @@ def _trainable() -> type:
         ) -> None:
             import torch
 
-            from autocompress.trial import Budget, Workbench
+            from autocompress.trial import Budget, Workbench, run_trial
 
             torch.set_num_threads(threads)
-            self.bench = Workbench(pickle.loads(payload))
+            task, trial = pickle.loads(payload)
+            self.bench, self.run_trial = Workbench(task), trial or run_trial
             self.budget = Budget(rungs)
             self.reset_config(config)
 
@@ -250,11 +260,9 @@ def _trainable() -> type:
         def step(self) -> dict[str, Any]:
             number = self.job["number"]
             try:
-                from autocompress.trial import run_trial
-
                 if self.outcomes is None:
                     plan = Plan.from_json(self.job["plan"])
-                    self.outcomes = run_trial(self.bench, plan, self.budget, self.job["seed"])
+                    self.outcomes = self.run_trial(self.bench, plan, self.budget, self.job["seed"])
                     self.left = len(self.budget.rungs) if plan.recipe.epochs > 0 else 1
                 outcome = next(self.outcomes)
                 self.left -= 1

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileRow:
-    """One tensor of an artifact: its kind, shape, bytes in the file, and bytes in float32 (or as it is, if no float)."""
+    """One tensor of an artifact. `plain_bytes`: in float32, or as it is where it is no float."""
 
     name: str
     kind: str
@@ -57,15 +56,19 @@ def inspect_file(path: Path) -> FileReport:
     return FileReport(str(path), len(data), len(data) - used, tuple(rows), decoded.header)
 
 
+def file_summary(found: FileReport) -> str:
+    """One line: the file, its bytes, and how many times smaller than its float32 values it is."""
+    plain = sum(row.plain_bytes for row in found.rows)
+    return f"{found.path}: {found.size_bytes} bytes, {plain / found.size_bytes:.1f}x smaller than its float32 values"
+
+
 def file_table(found: FileReport) -> Table:
     """The report for a terminal."""
     from rich.table import Table
 
     from autocompress.report import human_bytes
 
-    plain = sum(row.plain_bytes for row in found.rows)
-    title = f"{found.path}: {found.size_bytes} bytes, {plain / max(1, found.size_bytes):.1f}x smaller than its float32 values"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("tensor", "kind", "shape", "bytes", "float32", "bits a value"):
         table.add_column(column, justify="left" if column in ("tensor", "kind", "shape") else "right")
     for row in found.rows:

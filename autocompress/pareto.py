@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 
 def dominates(points: NDArray[np.float64]) -> NDArray[np.bool_]:
     """An (n, n) table: entry [i, j] is true where point i is at most j everywhere, below somewhere."""
-    no_worse = (points[:, None, :] <= points[None, :, :]).all(axis=2)
-    better = (points[:, None, :] < points[None, :, :]).any(axis=2)
-    return no_worse & better
+    no_worse = np.all(points[:, None, :] <= points[None, :, :], axis=2)
+    better = np.any(points[:, None, :] < points[None, :, :], axis=2)
+    return np.asarray(no_worse & better)
 
 
 def nondominated_rank(points: ArrayLike) -> NDArray[np.int64]:
@@ -39,7 +39,7 @@ def front(points: ArrayLike) -> NDArray[np.int64]:
         lowest = np.minimum.accumulate(unique[:, 1])
         beaten = np.concatenate([[False], unique[1:, 1] >= lowest[:-1]])
     else:
-        beaten = dominates(unique).any(axis=0)
+        beaten = np.asarray(dominates(unique).any(axis=0))
     chosen: NDArray[np.int64] = first[~beaten].astype(np.int64)
     return chosen
 

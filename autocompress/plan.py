@@ -16,7 +16,7 @@ SCHEMES = ("channel", "spatial")
 QUANTIZERS = ("codebook", "uniform")
 FLOAT_BITS = 32
 BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
-"""1 to 8: that many bits of code into a table; 16: bfloat16; 32: the weights as they are."""
+"""1 to 8: that many bits of code into a table; 16: float16; 32: the weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
     if plan.scheme not in spec.schemes:
         raise PlanError(f"{where}: scheme is {plan.scheme!r}, allowed: {', '.join(spec.schemes)}")
     highest = spec.max_rank(plan.scheme)
-    if not 1 <= plan.rank <= highest:
+    if not (isinstance(plan.rank, int) and 1 <= plan.rank <= highest):
         allowed = f"1 to {highest}, or full" if highest else "full only (two factors would be larger)"
         raise PlanError(f"{where}: rank is {plan.rank}, allowed: {allowed}")
 

@@ -66,12 +66,17 @@ class Session:
         self,
         store: StudyStore,
         records: Records,
-        tracker: Any,
         listener: Listener,
         deadline: float | None = None,
+        tracker: Any = None,
     ) -> None:
-        self.store, self.records, self.tracker, self.listener = store, records, tracker, listener
-        self.deadline = deadline
+        self.store, self.records, self.listener, self.deadline, self.tracker = (
+            store,
+            records,
+            listener,
+            deadline,
+            tracker,
+        )
         self.sign = 1.0 if store.settings.direction == "minimize" else -1.0
         self.homes: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._rungs = Rungs()

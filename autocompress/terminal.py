@@ -36,8 +36,8 @@ def preflight_lines(name: str, found: Preflight) -> list[str]:
     return [
         f"study {name}: {found.trials} trials to run, {found.workers} at a time with {found.threads} "
         f"thread{'s' * (found.threads > 1)} each, {found.epochs:.3g} epochs of finetuning a trial",
-        f"space: {found.knobs} knobs, {plans}; {found.share:.1%} of {human_count(found.compressed + found.kept)} values "
-        f"compressible, float32 model {human_bytes(found.baseline_bytes)}",
+        f"space: {found.knobs} knobs, {plans}; {found.share:.1%} of {human_count(found.compressed + found.kept)} "
+        f"values compressible, float32 model {human_bytes(found.baseline_bytes)}",
         f"expected: about {human_time(found.seconds)}, {human_bytes(found.memory_bytes)} of memory",
     ]
 
@@ -86,9 +86,8 @@ class Board:
 
     def measured(self, number: int, measurement: Measurement) -> None:
         """A trial reached a rung."""
-        self._rows[number] = (
-            f"epoch {measurement.epoch:.3g}  {human_bytes(measurement.size_bytes)}  {metric_text(measurement.metric_val)}"
-        )
+        size, metric = human_bytes(measurement.size_bytes), metric_text(measurement.metric_val)
+        self._rows[number] = f"epoch {measurement.epoch:.3g}  {size}  {metric}"
 
     def ended(self, trial: TrialRecord, record: StudyRecord) -> None:
         """A trial is over."""

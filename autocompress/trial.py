@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +21,12 @@ from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, check
 from autocompress.tasks.batches import batches, call_model, evaluate, first_batch, num_batches
+from autocompress.tasks.randomness import preserved
 from autocompress.tasks.task import Task
 
 DEFAULT_STEPS = 500
 _GUIDE_BYTES = 512 * 1024 * 1024
+_ANY = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Workbench:
             return None
         outputs = []
         with torch.no_grad():
-            for x in train[0].split(512):
+            for x in torch.split(train[0], 512):
                 output = call_model(self.model, x.to(self.device))
                 if not isinstance(output, Tensor):
                     return None
@@ -177,7 +181,7 @@ def _outcomes(bench: Workbench, plan: Plan, budget: Budget, seed: int, start: ap
     reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
     for rung, epoch in enumerate(reached):
         data = artifact.write(bench.task.model, plan, model.encode(), autocompress.__version__)
-        decoded = artifact.restore(container.unpack(data), bench.task.model).to(bench.device)
+        decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         metric = evaluate(bench.task, decoded, "val")
         numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, plan), time.monotonic() - began)
         yield Outcome(numbers, data, model.state)
@@ -187,20 +191,32 @@ class _Seeded:
     """A context with random numbers of its own: goes on where it left off, puts the caller's back."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.inner: Any = None
+        with preserved(seed % 2**32):
+            self.inner = _random_state()
 
     def __enter__(self) -> None:
-        self.fork = torch.random.fork_rng(devices=[])
-        self.fork.__enter__()
-        if self.inner is None:
-            torch.manual_seed(self.seed)
-        else:
-            torch.set_rng_state(self.inner)
+        self.outer = _random_state()
+        _set_random_state(self.inner)
 
     def __exit__(self, *problem: Any) -> None:
-        self.inner = torch.get_rng_state()
-        self.fork.__exit__(*problem)
+        self.inner = _random_state()
+        _set_random_state(self.outer)
+
+
+def _random_state() -> tuple[Any, Any, Tensor, list[Tensor]]:
+    """The states of Python's, NumPy's and torch's generators, CUDA's too where it is in use."""
+    cuda: Any = torch.cuda  # its functions are not annotated
+    on_devices = cuda.get_rng_state_all() if cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices
+
+
+def _set_random_state(state: tuple[Any, Any, Tensor, list[Tensor]]) -> None:
+    cuda: Any = torch.cuda
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        cuda.set_rng_state_all(state[3])
 
 
 def move(value: Any, device: torch.device) -> Any:

@@ -32,8 +32,8 @@ from autocompress.errors import ArtifactError
 
 MAGIC = b"ACZ1"
 _FRONT = struct.Struct("<4sII")
-_MAX_HEADER = 64 * 1024 * 1024
-MAX_ELEMENTS = 1 << 32
+_MAX_HEADER = 16 * 1024 * 1024
+MAX_ELEMENTS = 1 << 30
 """Elements of all tensors together that a file may ask for, unless the reader allows more."""
 
 _DTYPES = {
@@ -123,6 +123,12 @@ def read_header(data: bytes) -> dict[str, Any]:
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ArtifactError("artifact is damaged: its header lists no tensors")
     return header | {"streams_at": _FRONT.size + length}
+
+
+def shapes(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a header lists, by name. Raises ArtifactError for a malformed list."""
+    entries = [_check_entry(entry) for entry in header["tensors"]]
+    return {name: shape for name, _, _, shape, _, _ in entries}
 
 
 def unpack(data: bytes, *, max_elements: int = MAX_ELEMENTS) -> Artifact:

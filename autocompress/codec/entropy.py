@@ -22,7 +22,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from autocompress.errors import ArtifactError
 
@@ -39,7 +39,10 @@ def encode(symbols: NDArray[np.integer[Any]], alphabet: int) -> bytes:
     """
     if not 1 <= alphabet <= MAX_ALPHABET:
         raise ValueError(f"alphabet is {alphabet}, allowed: 1 to {MAX_ALPHABET}")
-    matrix = _as_matrix(np.asarray(symbols, dtype=np.uint16))
+    given = np.asarray(symbols)
+    if given.size and not 0 <= int(given.min()) <= int(given.max()) < alphabet:
+        raise ValueError(f"symbols are {given.min()} to {given.max()}, allowed: 0 to {alphabet - 1}")
+    matrix = _as_matrix(given.astype(np.uint16))
     counts = np.bincount(matrix.ravel(), minlength=alphabet)
     rest = int(counts.argmax())
     mask = matrix != rest
@@ -51,9 +54,9 @@ def encode(symbols: NDArray[np.integer[Any]], alphabet: int) -> bytes:
     head = _HEAD.pack(rest, alphabet - 1, classes.count) + _class_bytes(classes)
     head += probabilities.tobytes() + weights.tobytes()
     coder = _new_encoder()
-    for group, probability in _groups(classes, probabilities, mask.shape):
+    for rows, columns, probability in _groups(classes, probabilities):
         if 0 < probability < 1:
-            coder.encode(mask.ravel()[group].astype(np.int32), _bernoulli(probability))
+            coder.encode(mask[np.ix_(rows, columns)].ravel().astype(np.int32), _bernoulli(probability))
     chosen = matrix[mask]
     if np.count_nonzero(weights) > 1 and chosen.size:
         coder.encode(_rank_of(weights)[chosen].astype(np.int32), _categorical(weights))
@@ -72,14 +75,18 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
         if (len(data) - position) % 4:
             raise ArtifactError("stream is damaged: its coded part is not a whole number of words")
         coder = _new_decoder(np.frombuffer(data, "<u4", offset=position).astype(np.uint32))
-        mask = np.zeros(rows * columns, dtype=np.bool_)
-        for group, probability in _groups(classes, probabilities, (rows, columns)):
-            mask[group] = coder.decode(_bernoulli(probability), group.size) if 0 < probability < 1 else probability
+        mask = np.zeros((rows, columns), dtype=np.bool_)
+        for r, c, probability in _groups(classes, probabilities):
+            if probability == 1:
+                mask[np.ix_(r, c)] = True
+            elif probability > 0:
+                bits = coder.decode(_bernoulli(probability), r.size * c.size)
+                mask[np.ix_(r, c)] = bits.reshape(r.size, c.size)
         present = np.flatnonzero(weights)
         total = int(mask.sum())
         if total and not present.size:
             raise ArtifactError("stream is damaged: no symbol is left for its mask")
-        result = np.full(rows * columns, rest, dtype=np.uint16)
+        result = np.full((rows, columns), rest, dtype=np.uint16)
         if present.size > 1 and total:
             result[mask] = present[coder.decode(_categorical(weights), total)]
         elif total:
@@ -118,17 +125,11 @@ def _classify(mask: NDArray[np.bool_], count: int) -> _Classes:
             return np.zeros(density.size, dtype=np.uint8)
         alive = density > 0
         result = np.zeros(density.size, dtype=np.uint8)
-        edges = np.quantile(density[alive], np.arange(1, count - 1) / (count - 1)) if alive.any() else []
+        edges: ArrayLike = np.quantile(density[alive], np.arange(1, count - 1) / (count - 1)) if alive.any() else []
         result[alive] = 1 + np.searchsorted(edges, density[alive], side="left")
         return result
 
     return _Classes(count, split(mask.sum(axis=1)), split(mask.sum(axis=0)))
-
-
-def _cells(classes: _Classes) -> NDArray[np.int64]:
-    """The context 0 .. count^2 - 1 of each element, flat."""
-    cells: NDArray[np.int64] = classes.rows.astype(np.int64)[:, None] * classes.count + classes.columns
-    return cells.ravel()
 
 
 def _cell_densities(mask: NDArray[np.bool_], classes: _Classes) -> NDArray[np.float64]:
@@ -193,14 +194,14 @@ def _read_bytes(data: bytes, position: int, length: int) -> tuple[NDArray[np.uin
 
 
 def _groups(
-    classes: _Classes, probabilities: NDArray[np.uint8], shape: tuple[int, int]
-) -> Iterator[tuple[NDArray[np.int64], float]]:
-    """For each context, the flat positions of its elements in row order, and the probability of a one."""
+    classes: _Classes, probabilities: NDArray[np.uint8]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], float]]:
+    """For each context, its rows and columns (its elements follow in row order), and the probability of a one."""
     rows = [np.flatnonzero(classes.rows == k) for k in range(classes.count)]
     columns = [np.flatnonzero(classes.columns == k) for k in range(classes.count)]
     for index, (r, c) in enumerate(product(rows, columns)):
         if r.size and c.size:
-            yield (r[:, None] * shape[1] + c).ravel(), (int(probabilities[index]) / 255.0) ** 2
+            yield r, c, (int(probabilities[index]) / 255.0) ** 2
 
 
 def _rank_of(weights: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -43,7 +43,8 @@ class State:
 class Code:
     """One weight: the floats that stay, their positions, and the table or step that they go by.
 
-    `weights` (n,) and `table` (k,) or `step` () are leaf tensors that an optimiser may train.
+    `weights` (n,) and `table` (k,) or `step` () are leaf tensors that an optimiser may train;
+    a table's entries may pass each other in training.
     """
 
     def __init__(self, weight: Tensor, plan: LayerPlan, start: Mapping[str, Tensor], key: str) -> None:
@@ -59,7 +60,7 @@ class Code:
         self.step: Tensor | None = None
         if self.bits <= 8 and self.kind == "codebook":
             table = start.get(f"{key}#table")
-            if table is None or table.numel() > 2**self.bits:
+            if table is None:
                 table = quantize.kmeans(self.weights, 2**self.bits)
             self.table = table.to(self.weights).detach().clone().requires_grad_()
         elif self.bits <= 8:
@@ -70,9 +71,9 @@ class Code:
     def values(self) -> Tensor:
         """The weight that the model computes with, in the weight's shape; differentiable."""
         if self.table is not None:
-            kept = quantize.CodebookWeight.apply(self.weights, self.table)
+            kept = quantize.CodebookWeight.apply(self.weights, self.table.sort().values)  # type: ignore[no-untyped-call]
         elif self.step is not None:
-            kept = quantize.GridWeight.apply(self.weights, self.step, self.bits)
+            kept = quantize.GridWeight.apply(self.weights, self.step, self.bits)  # type: ignore[no-untyped-call]
         elif self.bits == 16:
             kept = self.weights + (self.weights.half().to(self.weights) - self.weights).detach()
         else:
@@ -83,21 +84,15 @@ class Code:
         return flat.index_copy(0, self.positions, kept).view(self.shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Put a trained table back in rising order, as `quantize.nearest` needs it."""
-        if self.table is not None:
-            self.table.copy_(self.table.sort().values)
-
-    @torch.no_grad()
     def encode(self) -> Coded | Raw:
         """The tensor as the artifact holds it; its values equal `values()` in float32."""
         if self.table is None and self.step is None:
             dtype = torch.float16 if self.bits == 16 else self.dense.dtype
             return raw_tensor(self.values().to(dtype))
         if self.table is not None:
-            codes = quantize.nearest(self.weights, self.table)
-            used, codes = codes.unique(return_inverse=True)
-            table, grid = self.table[used].float().cpu().numpy(), None
+            rising = self.table.sort().values
+            used, codes = torch.unique(quantize.nearest(self.weights, rising), return_inverse=True)
+            table, grid = rising[used].float().cpu().numpy(), None
             if self.pruned:
                 codes, table = codes + 1, np.concatenate([np.zeros(1, np.float32), table])
         else:
@@ -130,7 +125,7 @@ class Compressed:
 
     def substitutes(self) -> dict[str, Tensor]:
         """The weights of all codes by state key, shared ones under each of their names."""
-        values = {key: code.values() for key, code in self.codes.items()}
+        values = {key: in_fast_layout(code.values()) for key, code in self.codes.items()}
         return values | {alias: values[key] for alias, key in self.aliases.items()}
 
     def others(self) -> Iterator[nn.Parameter]:
@@ -139,11 +134,6 @@ class Compressed:
         for key, parameter in self.module.named_parameters():
             if key not in coded and parameter.requires_grad:
                 yield parameter
-
-    def settle(self) -> None:
-        """Make the codes fit for `encode` after training."""
-        for code in self.codes.values():
-            code.settle()
 
     def encode(self) -> dict[str, Coded | Raw]:
         """Every tensor of the model's state by key, shared ones once."""
@@ -171,36 +161,47 @@ def compress(
     """A compressed copy of the model; the model itself is not touched.
 
     `svds(spec, scheme)` gives the SVD of the layer's original weight. With `start`, weights go on
-    from that state instead: factors of the same rank and scheme as they are, others by a new SVD.
+    from that state instead: factors of the same rank and scheme as they are, others by a new SVD;
+    tables and steps as they are where the layer's plan is the same, else fitted anew.
     Raises TrialFailed for weights that are not finite.
     """
     module = copy.deepcopy(model)
-    tensors = {} if start is None else start.tensors
     if start is not None:
         _take_over(module, specs, start)
-    keys: dict[str, LayerPlan] = {}
+    keys: dict[str, LayerSpec] = {}
     for spec in specs:
         layer = plan.layers[spec.name]
         prefix = f"{spec.name}." if spec.name else ""
         if layer.rank is None:
-            keys[f"{prefix}weight"] = layer
+            keys[f"{prefix}weight"] = spec
         else:
             module = _factorise(module, spec, layer, svds, start)
-            keys |= {f"{prefix}0.weight": layer, f"{prefix}1.weight": layer}
+            keys |= {f"{prefix}0.weight": spec, f"{prefix}1.weight": spec}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
     codes: dict[str, Code] = {}
-    for key, layer in keys.items():
-        weight = module.get_parameter(key)
+    for key, spec in keys.items():
+        layer, weight = plan.layers[spec.name], module.get_parameter(key)
         if not torch.isfinite(weight).all():
             raise TrialFailed(f"weight {key!r} holds values that are not finite")
         if layer != LayerPlan():
-            codes[first[id(weight)]] = Code(weight, layer, tensors, first[id(weight)])
+            learned = {} if start is None else _learned(start, start.plan.layers[spec.name], layer)
+            codes[first[id(weight)]] = Code(weight, layer, learned, first[id(weight)])
     aliases = {
         key: first[id(tensor)]
         for key, tensor in module.state_dict(keep_vars=True).items()
         if first.get(id(tensor), key) != key and first[id(tensor)] in codes
     }
     return Compressed(module, plan, codes, aliases)
+
+
+def _learned(start: State, old: LayerPlan, new: LayerPlan) -> Mapping[str, Tensor]:
+    """What of a state's "#" entries fits a layer whose plan was `old` and is now `new`."""
+    if old == new:
+        return start.tensors
+    whole = old.rank is None and new.rank is None
+    if whole or (old.rank, old.scheme) == (new.rank, new.scheme):
+        return {key: tensor for key, tensor in start.tensors.items() if key.endswith("#unit")}
+    return {}
 
 
 def _take_over(module: nn.Module, specs: Sequence[LayerSpec], start: State) -> None:
@@ -218,8 +219,8 @@ def _take_over(module: nn.Module, specs: Sequence[LayerSpec], start: State) -> N
 
 def _product(spec: LayerSpec, start: State) -> Tensor:
     """The whole weight that a state's two factors stand for."""
-    pair = (start.tensors[f"{spec.name}.{i}.weight".lstrip(".")] for i in (0, 1))
-    return lowrank.product(*pair, spec.shape, start.plan.layers[spec.name].scheme)
+    first, second = (start.tensors[f"{spec.name}.{i}.weight".lstrip(".")] for i in (0, 1))
+    return lowrank.product(first, second, spec.shape, start.plan.layers[spec.name].scheme)
 
 
 def _factorise(module: nn.Module, spec: LayerSpec, plan: LayerPlan, svds: SvdSource, start: State | None) -> nn.Module:
@@ -237,6 +238,14 @@ def _factorise(module: nn.Module, spec: LayerSpec, plan: LayerPlan, svds: SvdSou
         for i, factor in enumerate(factors):
             pair.get_parameter(f"{i}.weight").copy_(factor)
     return lowrank.replace(module, spec.name, pair)
+
+
+def in_fast_layout(tensor: Tensor) -> Tensor:
+    """Images and their kernels with channels last in memory, on which CPU convolutions train about 1.8x faster.
+
+    `.to` and not `.contiguous`, which leaves the strides of a single channel as they are.
+    """
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -58,29 +58,54 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "Softmax": ("dim",),
     "LogSoftmax": ("dim",),
 }
+_NO_EFFECT = ("inplace", "device", "init", "min_value", "max_value")
 _MAX_DEPTH = 32
 
 
 def describe(model: nn.Module) -> list[Any] | None:
-    """The description of a tree of standard layers; None where any module is something else."""
+    """The description of a tree of standard layers; None where it would not build an equal model.
+
+    That is so where a module is something else, has a setting that is not in the list below, hooks
+    or extra tensors, or where two layers share a tensor.
+    """
+    tree = _describe(model)
+    if tree is None:
+        return None
+    state = model.state_dict(keep_vars=True)
+    distinct = len({id(tensor) for tensor in state.values()}) == len(state)
+    try:
+        built = build(tree).state_dict(keep_vars=True)
+    except ArtifactError:
+        return None
+    return tree if distinct and _layout(built) == _layout(state) else None
+
+
+def _describe(model: nn.Module) -> list[Any] | None:
+    if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
+        return None
     if type(model) is nn.Sequential:
-        children = [[name, describe(child)] for name, child in model.named_children()]
-        distinct = len({id(child) for child in model.children()}) == len(model)
-        plain = distinct and all(tree is not None for _, tree in children) and not _own_state(model)
-        return ["Sequential", children] if plain else None
+        children = [[name, _describe(child)] for name, child in model._modules.items() if child is not None]
+        return ["Sequential", children] if all(tree is not None for _, tree in children) else None
     kind = type(model).__name__
     names = _ARGUMENTS.get(kind)
-    if names is None or type(model) is not getattr(nn, kind) or _has_extras(model):
+    if names is None or type(model) is not getattr(nn, kind) or model._modules:
         return None
     defaults = _defaults(kind)
+    unlisted = defaults.keys() - {*names, *_NO_EFFECT, "bias", "dtype"}
+    if any(_plain(getattr(model, n, defaults[n])) != _plain(defaults[n]) for n in unlisted):
+        return None
     arguments = {name: _plain(getattr(model, name)) for name in names}
-    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.LayerNorm):
-        arguments["bias"] = model.bias is not None
+    if "bias" in defaults:
+        arguments["bias"] = getattr(model, "bias", None) is not None or getattr(model, "weight", None) is None
     changed = {n: v for n, v in arguments.items() if n not in defaults or v != _plain(defaults[n])}
-    dtypes = {t.dtype for t in model.parameters(recurse=False)}
-    if dtypes - {torch.float32}:
-        changed["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    dtypes = {t.dtype for t in (*model._parameters.values(), *model._buffers.values()) if t is not None}
+    if other := {d for d in dtypes if d.is_floating_point} - {torch.float32}:
+        changed["dtype"] = str(other.pop()).removeprefix("torch.")
     return [kind, changed]
+
+
+def _layout(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
 
 
 def build(tree: Any, depth: int = 0) -> nn.Module:
@@ -112,7 +137,7 @@ def _build_layer(kind: str, arguments: dict[str, Any]) -> nn.Module:
     allowed = {*_ARGUMENTS[kind], "bias", "dtype"}
     if unknown := arguments.keys() - allowed:
         raise ArtifactError(f"artifact is damaged: {kind} has arguments {sorted(unknown)}")
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
     if "dtype" in values:
         values["dtype"] = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(
             values["dtype"], torch.float32
@@ -138,15 +163,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list | torch.Size):
         return [_plain(v) for v in value]
     return value
-
-
-def _own_state(model: nn.Module) -> bool:
-    return bool(model._parameters or model._buffers) or _has_hooks(model)
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    return bool(model._forward_hooks or model._forward_pre_hooks)
-
-
-def _has_extras(model: nn.Module) -> bool:
-    return bool(list(model.children())) or _has_hooks(model)

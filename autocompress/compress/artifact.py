@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,8 @@ def write(model: nn.Module, plan: Plan, tensors: Mapping[str, Coded | Raw], vers
 
 def read(path: str | Path) -> Artifact:
     """The decoded file. Raises ArtifactError where it is missing, damaged or no artifact."""
-    file = Path(path)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ArtifactError(f"artifact {str(file)!r} cannot be read: {error.strerror or error}") from error
-    try:
-        return container.unpack(data)
-    except ArtifactError as error:
-        raise ArtifactError(f"{file}: {error}") from error
+    with _named(path):
+        return container.unpack(_bytes_of(path))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -69,26 +63,21 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises ArtifactError for a damaged file, a missing or a wrong architecture (named by tensor
     and shape). Nothing in the file is executed and nothing that it names is imported.
     """
-    return restore(read(path), model, str(path))
+    source, data = str(path), _bytes_of(path)
+    with _named(path):
+        header = container.read_header(data)
+        shapes = container.shapes(header)
+    module = _skeleton(header, shapes, model, source)  # before memory is taken for tensors
+    own = 0 if model is None else sum(tensor.numel() for tensor in unique_state(module).values())
+    with _named(path):
+        artifact = container.unpack(data, max_elements=max(container.MAX_ELEMENTS, own))
+    return _filled(module, artifact)
 
 
 def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "artifact") -> nn.Module:
     """`load` for an artifact that is decoded already."""
-    if model is not None:
-        module = copy.deepcopy(model)
-    elif "model" in artifact.header:
-        module = architecture.build(artifact.header["model"])
-    else:
-        raise ArtifactError(
-            f"{source} holds the weights of a {artifact.header.get('class', 'model')!r} whose architecture is not a "
-            "tree of standard layers: give it as load(path, model=YourModel())"
-        )
-    for name, (rank, scheme) in _ranks(artifact, source).items():
-        module = _factorise(module, name, LayerPlan(rank=rank, scheme=scheme), source)
-    _check_shapes(module, artifact.tensors, source)
-    module = module.to_empty(device="cpu") if model is None else module.cpu()
-    fill(module, artifact.tensors)
-    return module.eval()
+    shapes = {name: tensor.shape for name, tensor in artifact.tensors.items()}
+    return _filled(_skeleton(artifact.header, shapes, model, source), artifact)
 
 
 def unique_state(module: nn.Module) -> dict[str, Tensor]:
@@ -108,21 +97,63 @@ def fill(module: nn.Module, tensors: Mapping[str, Coded | Raw]) -> None:
             target.copy_(to_tensor(tensors[key]))
 
 
-def _check_shapes(module: nn.Module, tensors: Mapping[str, Coded | Raw], source: str) -> None:
+def _bytes_of(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"artifact {str(path)!r} cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with it."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+
+def _skeleton(
+    header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module | None, source: str
+) -> nn.Module:
+    """The module that tensors of these shapes go into, without their values."""
+    if model is not None:
+        module = copy.deepcopy(model).cpu()
+    elif "model" in header:
+        module = architecture.build(header["model"])
+    else:
+        raise ArtifactError(
+            f"{source} holds the weights of a {header.get('class', 'model')!r} whose architecture is not a "
+            "tree of standard layers: give it as load(path, model=YourModel())"
+        )
+    for name, (rank, scheme) in _ranks(header, source).items():
+        module = _factorise(module, name, LayerPlan(rank=rank, scheme=scheme), source)
+    _check_shapes(module, shapes, source)
+    return module
+
+
+def _filled(module: nn.Module, artifact: Artifact) -> nn.Module:
+    if any(tensor.is_meta for tensor in unique_state(module).values()):
+        module = module.to_empty(device="cpu")
+    fill(module, artifact.tensors)
+    return module.eval()
+
+
+def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     wanted = unique_state(module)
-    for key in tensors:
+    for key in shapes:
         if key not in wanted:
             raise ArtifactError(f"{source} holds {key!r}, which the given model does not have")
     for key, target in wanted.items():
-        if key not in tensors:
+        if key not in shapes:
             raise ArtifactError(f"the given model has {key!r} of shape {list(target.shape)}, {source} does not")
-        if tensors[key].shape != tuple(target.shape):
-            shapes = f"{list(tensors[key].shape)} in {source}, {list(target.shape)} in the given model"
-            raise ArtifactError(f"{key!r} has shape {shapes}")
+        if shapes[key] != tuple(target.shape):
+            found = f"{list(shapes[key])} in {source}, {list(target.shape)} in the given model"
+            raise ArtifactError(f"{key!r} has shape {found}")
 
 
-def _ranks(artifact: Artifact, source: str) -> dict[str, tuple[int, str]]:
-    ranks = artifact.header.get("ranks", {})
+def _ranks(header: Mapping[str, Any], source: str) -> dict[str, tuple[int, str]]:
+    ranks = header.get("ranks", {})
     if not isinstance(ranks, dict):
         raise ArtifactError(f"{source} is damaged: its ranks are no table")
     result = {}
@@ -143,6 +174,7 @@ def _factorise(module: nn.Module, name: str, plan: LayerPlan, source: str) -> nn
     standard = isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if not standard or (plan.scheme == "spatial" and not isinstance(target, nn.Conv2d)):
         raise ArtifactError(f"layer {name!r} is a {type(target).__name__} in the given model, {source} has two factors")
-    if plan.rank is not None and plan.rank > target.weight.numel():  # type: ignore[operator, union-attr]
-        raise ArtifactError(f"layer {name!r} has rank {plan.rank} in {source}, more than it has weights")
+    full = min(lowrank.as_matrix(target.weight, plan.scheme).shape)  # type: ignore[arg-type]
+    if plan.rank is not None and plan.rank > full:
+        raise ArtifactError(f"layer {name!r} has rank {plan.rank} in {source}, {full} is full in the given model")
     return lowrank.replace(module, name, lowrank.factorised(target, plan))

@@ -35,47 +35,57 @@ class Feed:
 def finetune(
     model: Compressed, feed: Feed, loss: Callable[[Any, Any], Tensor], recipe: Recipe, rungs: Sequence[float]
 ) -> Iterator[float]:
-    """Train in place, stopping at each rung (epochs, rising) to yield it; the model is then settled.
+    """Train in place, stopping at each rung (epochs, rising) to yield it; a rung above 0 is at least one step.
 
     Adam (Kingma & Ba 2015) with a short warm-up and a cosine decay over `recipe.epochs`; tables and steps
     learn at a tenth of the rate. Raises TrialFailed when the loss is no longer finite.
     """
     total = max(1, round(recipe.epochs * feed.steps))
-    marks = {min(total, round(rung * feed.steps)): rung for rung in rungs}
     optimiser = _optimiser(model, recipe.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     batches = _endless(feed)
-    for step in range(total + 1):
-        if step in marks:
-            model.settle()
-            yield marks[step]
-        if step == total:
-            return
-        inputs, targets, guide = next(batches)
-        model.module.train()
-        outputs = call_with(model.module, model.substitutes(), inputs)
-        value = _objective(outputs, targets, guide, loss, recipe.distillation)
-        if not math.isfinite(value.item()):
-            raise TrialFailed(f"loss became {value.item()} at step {step} of {total}")
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        scheduler.step()
+    model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = 0
+    for rung in rungs:
+        until = min(total, max(round(rung * feed.steps), rung > 0))
+        while step < until:
+            inputs, targets, guide = next(batches)
+            model.module.train()
+            outputs = call_with(model.module, model.substitutes(), inputs)
+            value = _objective(outputs, targets, guide, loss, recipe.distillation)
+            if not math.isfinite(value.item()):
+                raise TrialFailed(f"loss became {value.item()} at step {step} of {total}")
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            scheduler.step()
+            step += 1
+        yield rung
 
 
 def distillation_loss(outputs: Tensor, guide: Tensor, targets: Any) -> Tensor:
     """How far the outputs are from the uncompressed model's, a scalar.
 
-    Class scores (targets are integers, classes along axis 1): T^2 x the divergence of softened
-    distributions (Hinton et al. 2015, arXiv 1503.02531, T = 2); anything else: mean squared difference.
+    Class scores (targets are integers, of the outputs' shape without axis 1, or without the last):
+    T^2 x the divergence of distributions softened along that axis (Hinton et al. 2015,
+    arXiv 1503.02531, T = 2), a mean over positions; anything else: mean squared difference.
     """
-    whole = isinstance(targets, Tensor) and not targets.is_floating_point() and outputs.dim() >= 2
-    if not whole:
+    axis = _class_axis(outputs, targets)
+    if axis is None:
         return F.mse_loss(outputs, guide)
-    log_p = F.log_softmax(outputs / TEMPERATURE, dim=1)
-    q = F.softmax(guide / TEMPERATURE, dim=1)
-    positions = outputs.numel() // outputs.shape[1]
+    log_p = F.log_softmax(outputs / TEMPERATURE, dim=axis)
+    q = F.softmax(guide / TEMPERATURE, dim=axis)
+    positions = outputs.numel() // outputs.shape[axis]
     return TEMPERATURE**2 * F.kl_div(log_p, q, reduction="sum") / positions
+
+
+def _class_axis(outputs: Tensor, targets: Any) -> int | None:
+    """The axis of class scores; None where the targets are no class numbers."""
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.dim() < 2:
+        return None
+    if targets.shape == outputs.shape[:1] + outputs.shape[2:]:
+        return 1
+    return -1 if targets.shape == outputs.shape[:-1] else None
 
 
 def _objective(

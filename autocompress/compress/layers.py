@@ -161,6 +161,8 @@ def _reason(site: _Site) -> str:
         return "parametrized weight (weight_norm, spectral_norm and the like)"
     if site.attribute == "bias":
         return f"bias of {owner}"
+    if _kind(site.module):
+        return f"parameter {site.attribute!r} of a {owner} whose weight is made from it"
     if isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
         return "embedding table"
     if "Norm" in owner:
@@ -169,18 +171,24 @@ def _reason(site: _Site) -> str:
 
 
 def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> dict[str, int]:
-    """Per layer: output positions x weights, over every use of the weight as a Linear or convolution."""
+    """Per layer and example: output positions x weights, over every use of the weight as a Linear or convolution."""
     probe = copy.deepcopy(model).eval()
     macs = {spec.name: 0 for spec in layers}
     modules = dict(probe.named_modules(remove_duplicate=False))
+    examples = [1]
 
     def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            batch = inputs[0].shape[0] if inputs and inputs[0].dim() > 1 else 1
-            macs[name] += output.numel() // batch // weight.shape[0] * weight.numel()
+            macs[name] += output.numel() // weight.shape[0] * weight.numel()
 
         return hook
+
+    def note_examples(module: nn.Module, args: Any, kwargs: Any) -> None:
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+        examples[0] = first.shape[0] if first is not None and first.dim() > 1 else 1
+
+    probe.register_forward_pre_hook(note_examples, with_kwargs=True)
 
     for spec in layers:
         for path in dict.fromkeys((spec.name, *spec.shared_with)):
@@ -188,7 +196,7 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
                 modules[path].register_forward_hook(count(spec.name))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         call(probe)
-    return macs
+    return {name: count // max(1, examples[0]) for name, count in macs.items()}
 
 
 def _try_factors(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> list[LayerSpec]:

@@ -58,9 +58,9 @@ def product(first: Tensor, second: Tensor, shape: tuple[int, ...], scheme: str) 
 
 
 def factorised(module: nn.Module, plan: LayerPlan) -> nn.Sequential:
-    """Two standard layers, of the module's device, dtype and settings, that take its place; weights not set.
+    """Two standard layers, of the module's device, dtype and settings, that take its place; weights are zero.
 
-    The second one holds the module's own bias parameter.
+    The second one holds the module's own bias parameter. No random numbers are drawn.
     """
     assert plan.rank is not None
     weight: Tensor = module.weight  # type: ignore[assignment]
@@ -69,8 +69,8 @@ def factorised(module: nn.Module, plan: LayerPlan) -> nn.Sequential:
     first: nn.Module
     second: nn.Module
     if isinstance(module, nn.Linear):
-        first = nn.Linear(module.in_features, plan.rank, bias=False, **common)
-        second = nn.Linear(plan.rank, module.out_features, bias=has_bias, **common)
+        first = _bare(nn.Linear, module.in_features, plan.rank, bias=False, **common)
+        second = _bare(nn.Linear, plan.rank, module.out_features, bias=has_bias, **common)
     else:
         first, second = _convolutions(module, plan.rank, plan.scheme, common)
     if has_bias:
@@ -78,6 +78,14 @@ def factorised(module: nn.Module, plan: LayerPlan) -> nn.Sequential:
     pair = nn.Sequential(first, second)
     pair.train(module.training)
     return pair
+
+
+def _bare(kind: type[nn.Module], *args: Any, **settings: Any) -> nn.Module:
+    """A layer whose parameters are zero, made without drawing random numbers."""
+    module: nn.Module = nn.utils.skip_init(kind, *args, **settings)  # type: ignore[no-untyped-call]
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 def _convolutions(module: nn.Module, rank: int, scheme: str, common: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
@@ -93,13 +101,14 @@ def _convolutions(module: nn.Module, rank: int, scheme: str, common: dict[str, A
             return tuple(values[a] if a in own else otherwise for a in axes)
 
         padding = module.padding
-        return conv(
+        return _bare(
+            conv,
             inputs,
             outputs,
-            pick(module.kernel_size, 1),  # type: ignore[arg-type]
-            stride=pick(module.stride, 1),  # type: ignore[arg-type]
-            padding=padding if isinstance(padding, str) else pick(padding, 0),  # type: ignore[arg-type]
-            dilation=pick(module.dilation, 1),  # type: ignore[arg-type]
+            pick(module.kernel_size, 1),
+            stride=pick(module.stride, 1),
+            padding=padding if isinstance(padding, str) else pick(padding, 0),
+            dilation=pick(module.dilation, 1),
             padding_mode=module.padding_mode,
             bias=bias,
             **common,

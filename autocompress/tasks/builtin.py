@@ -28,7 +28,7 @@ Progress = Callable[[str], None]
 _SPLIT_SEED = 0
 
 _DIGITS = TrainingRecipe(epochs=25, batch_size=64, learning_rate=3e-3, weight_decay=0.01, threads=1)
-_LENET300 = TrainingRecipe(epochs=12, batch_size=128, learning_rate=3e-3, weight_decay=0.01, shift=1)
+_LENET300 = TrainingRecipe(epochs=12, batch_size=128, learning_rate=3e-3, weight_decay=0.01, shift=1, threads=1)
 _MNIST_LENET5 = TrainingRecipe(epochs=4, batch_size=128, learning_rate=3e-3, weight_decay=0.01, shift=1)
 _FASHION_LENET5 = TrainingRecipe(epochs=6, batch_size=128, learning_rate=3e-3, weight_decay=0.01, flip=True)
 

@@ -119,7 +119,7 @@ def _task_of(module: ModuleType, function_name: str, where: str, stem: str, data
     with _told(f"{where}:{name}", Path(module.__file__) if module.__file__ else None):
         task = function(**arguments)
     if not isinstance(task, Task):
-        raise TaskError(f"{where}:{name} returned {_a(task)}, allowed: an autocompress.Task")
+        raise TaskError(f"{where}:{name} returned {_shown(task)}, allowed: an autocompress.Task")
     if task.name == _DEFAULT_NAME:
         task = replace(task, name=name if name != _DEFAULT_NAME else stem)
     check_fields(task)
@@ -138,7 +138,7 @@ def _function(module: ModuleType, name: str, where: str) -> Callable[..., Any]:
         if found is None:
             raise TaskError(f"{where} has no function {name!r}; {there}")
         if not callable(found):
-            raise TaskError(f"{where}:{name} is {_a(found)}, allowed: a function that returns a Task; {there}")
+            raise TaskError(f"{where}:{name} is {_shown(found)}, allowed: a function that returns a Task; {there}")
         return found  # type: ignore[no-any-return]
     if _DEFAULT_NAME in functions:
         return functions[_DEFAULT_NAME]
@@ -220,5 +220,5 @@ def _is_in(filename: str, folder: Path) -> bool:
     return not {"site-packages", "dist-packages"} & set(below.parts)
 
 
-def _a(value: Any) -> str:
-    return "None" if value is None else f"a {describe(value)}"
+def _shown(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, int | float) else describe(value)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -173,15 +172,13 @@ def _read(path: Path, build: Callable[[], nn.Module], recipe: TrainingRecipe) ->
 def _write(path: Path, model: nn.Module) -> None:
     from safetensors.torch import save
 
+    draft = path.with_suffix(f".{os.getpid()}.part")
     try:
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(save(model.state_dict()))
+            draft.write_bytes(save(model.state_dict()))
             os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         _warn_once(f"cache folder {path.parent} cannot be used ({error}); the base model is not kept")
 

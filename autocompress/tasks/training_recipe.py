@@ -10,9 +10,9 @@ class TrainingRecipe:
     """How a base model is trained: AdamW on a one-cycle learning rate (Smith 2018, arXiv 1803.09820).
 
     `shift` moves each batch of images by up to that many pixels in both directions (what leaves on
-    one side comes in on the other), `flip`
-    mirrors each image left to right with probability one half. `threads` is for nets so small that
-    more threads only get in each other's way; None takes what torch is set to.
+    one side comes in on the other), `flip` mirrors each image left to right with probability one
+    half. `threads` is for nets so small that more threads only get in each other's way; None takes
+    what torch is set to.
     """
 
     epochs: int
