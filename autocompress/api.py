@@ -270,7 +270,8 @@ def _search(
 ) -> Study:
     from autocompress import engine, preflight
     from autocompress.search.samplers import check_sampler
-    from autocompress.search.space import ladder, load_space
+    from autocompress.search.space import ladder
+    from autocompress.search.space_file import load_space
     from autocompress.session import Session, Silent
     from autocompress.tasks.batches import metric_name
     from autocompress.tasks.checking import check_task

@@ -319,7 +319,7 @@ def _sync(options: argparse.Namespace) -> int:
 
 def _tasks(options: argparse.Namespace) -> int:
     from autocompress.folders import Records
-    from autocompress.search.space import available
+    from autocompress.search.space_file import available
     from autocompress.tasks.builtin import describe
 
     records = Records.find(options.dir)

@@ -108,7 +108,12 @@ def run(
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                storage_path=folder, name="search", verbose=0, callbacks=[callback], log_to_file=False
+                storage_path=folder,
+                name="search",
+                verbose=0,
+                callbacks=[callback],
+                log_to_file=False,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         with _clean_stop() as interrupted:

@@ -90,7 +90,7 @@ def inspect_task(
 ) -> Preflight:
     """The preflight of a search that is not run. Raises TaskError, SpaceError and UsageError as `search` does."""
     from autocompress import api, engine, preflight
-    from autocompress.search.space import load_space
+    from autocompress.search.space_file import load_space
     from autocompress.tasks.checking import check_task
     from autocompress.trial import Workbench
 

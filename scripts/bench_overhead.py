@@ -32,7 +32,8 @@ from autocompress.folders import Records
 from autocompress.plan import Measurement, Plan
 from autocompress.record import StudyRecord, TrialRecord
 from autocompress.search.samplers import make_sampler
-from autocompress.search.space import Space, ladder, load_space
+from autocompress.search.space import Space, ladder
+from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
 from autocompress.session import Session, Silent
 from autocompress.tasks.task import Task

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from autocompress.errors import SpaceError
 from autocompress.plan import LayerSpec, Plan, check
-from autocompress.search.space import available, ladder, load_space, space_folder
+from autocompress.search.space import ladder
+from autocompress.search.space_file import available, load_space, space_folder
 
 SHIPPED = ["conv", "default", "lowrank_only", "mlp", "prune_only", "quantize_only"]
 
@@ -503,7 +504,7 @@ def test_the_examples_of_the_docs_load(tmp_path):
 
 def test_module_loads_no_heavy_library():
     code = (
-        "import sys, autocompress.search.space as s; s.available();"
+        "import sys, autocompress.search.space_file as s; s.available();"
         "print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

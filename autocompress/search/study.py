@@ -270,7 +270,8 @@ class StudyStore:
     def _store(self, number: int, plan: Plan, params: Mapping[str, float], seed: int, origin: str, asked: Any) -> None:
         import optuna
 
-        system = dict(self._memory.trials[asked.number].system_attrs) if asked is not None else {}
+        known = self._memory.get_trials(deepcopy=False)
+        system = dict(known[asked.number].system_attrs) if asked is not None else {}
         started = optuna.trial.create_trial(
             state=optuna.trial.TrialState.RUNNING,
             params=dict(params),
