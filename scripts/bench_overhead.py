@@ -93,7 +93,9 @@ def toy_task(layers: int) -> Task:
     """A stack of 16 x 16 layers; its data is one batch of noise."""
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
     splits = [(torch.randn(8, 16), torch.randn(8, 16)) for _ in range(3)]
-    return Task(model, *splits, loss=nn.functional.mse_loss, metric=_fidelity, name="toy", example_inputs=(splits[0][0],))
+    return Task(
+        model, *splits, loss=nn.functional.mse_loss, metric=_fidelity, name="toy", example_inputs=(splits[0][0],)
+    )
 
 
 def _fidelity(outputs: torch.Tensor, targets: torch.Tensor) -> float:
@@ -244,7 +246,8 @@ def bare_tune(knobs: int, trials: int, workers: int) -> Cost:
 def median(costs: Sequence[Cost]) -> Cost:
     """Each number's median over the repeats."""
     middle = {
-        key: statistics.median(getattr(cost, key) for cost in costs) for key in ("wall_ms", "recorded_ms", "cpu_ms", "load")
+        key: statistics.median(getattr(cost, key) for cost in costs)
+        for key in ("wall_ms", "recorded_ms", "cpu_ms", "load")
     }
     return Cost(costs[0].what, costs[0].knobs, **middle)
 
@@ -289,7 +292,9 @@ def _noted(cost: Cost) -> Cost:
 
 def show(rows: Sequence[Cost], options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
-    print(f"{options.trials} trials, {options.workers} workers, {cores} cores; medians of {options.repeats}; ms a trial")
+    print(
+        f"{options.trials} trials, {options.workers} workers, {cores} cores; medians of {options.repeats}; ms a trial"
+    )
     print(f"{'':<42}{'knobs':>6}{'wall':>8}{'recorded':>10}{'CPU':>8}{'of ours':>9}{'load':>7}")
     first: dict[int, float] = {}
     for row in rows:

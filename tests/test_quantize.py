@@ -44,9 +44,9 @@ def error_of(values, table):
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "uniform", "laplace"])
 def test_a_small_codebook_is_near_the_best_there_is(kind, k):
-    values = sample(kind)
+    values, slack = sample(kind), 1.25 if kind == "laplace" else 1.05  # even spacing suits heavy tails less
     table = quantize.kmeans(tensor(values), k).numpy()
-    assert best_error(values, k) - 1e-9 <= error_of(values, table) <= (1.2 if k > 4 else 1.05) * best_error(values, k)
+    assert best_error(values, k) - 1e-9 <= error_of(values, table) <= slack * best_error(values, k)
 
 
 @pytest.mark.parametrize("k", [4, 16, 64])

@@ -129,7 +129,7 @@ def test_sizes(text, size):
     "text", ["", "KB", "banana", "-5KB", "0", "0.2", "nan", "inf", "5 apples", "5KBB", "5TB", "1,5MB"]
 )
 def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="max-size is .*, allowed: bytes such as 50KB, 1.5MB or 800"):
+    with pytest.raises(UsageError, match=r"max-size is .*, allowed: bytes such as 50KB, 1.5MB or 800"):
         parse_size(text)
 
 
@@ -138,7 +138,7 @@ def test_drops():
     assert parse_drop(0.01) == (0.01, False)
     assert parse_drop("0") == (0.0, False)
     for text in ("banana", "", "%", "-1%", "nan", "inf%", "1%%", -0.1, math.nan):
-        with pytest.raises(UsageError, match="max-drop is .*, allowed: a percentage such as 1% or a number"):
+        with pytest.raises(UsageError, match=r"max-drop is .*, allowed: a percentage such as 1% or a number"):
             parse_drop(text)
 
 

@@ -27,7 +27,7 @@ def kmeans(weights: Tensor, k: int, iterations: int = 50) -> Tensor:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     centroids: NDArray[np.float64] = np.linspace(values[0], values[-1], k)
     for _ in range(iterations):
-        edges = np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2)
+        edges = np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2, side="right")
         bounds = np.concatenate([[0], edges, [values.size]])
         sizes = np.diff(bounds)
         taken = sizes > 0

@@ -8,25 +8,30 @@ nothing is done twice.
 
 from __future__ import annotations
 
-import contextlib
-import datetime as dt
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
-from autocompress.errors import StudyError, UsageError
+from autocompress.errors import StudyError
 from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
 from autocompress.record import StudyRecord, TrialRecord
+from autocompress.search.disk import connect, disk_errors, holds_study, insert_running, write_end
 from autocompress.search.samplers import make_sampler
 from autocompress.search.space import Space
 
 if TYPE_CHECKING:
     import optuna
+    from sqlalchemy import Engine
 
 _SETTINGS, _TESTS, _TRACKING = "autocompress", "autocompress.tests", "autocompress.tracking"
-_STUDY_NAME = "study"
-_RETRIES = 100
+_ASKED, _DRAWN = 5, 300
+"""How often the sampler is asked for a plan that is new, and how many are drawn at random then."""
+_SMALL = 20_000
+"""A space of up to so many plans is searched to its last one."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,8 @@ class Proposal:
 class StudyStore:
     """One study on disk. Make one with `create` or `open`; `propose` needs `begin` first."""
 
-    def __init__(self, file: Path, study: optuna.Study) -> None:
-        self.file = file
-        self._disk = study
-        self._storage = study._storage
+    def __init__(self, file: Path, study: optuna.Study, engine: Engine) -> None:
+        self.file, self._disk, self._engine = file, study, engine
         attributes = study.user_attrs
         self.settings = Settings.from_json(attributes[_SETTINGS])
         self.asked = int(attributes.get("asked", 0))
@@ -96,30 +99,37 @@ class StudyStore:
         """A new study. Raises StudyError where the file exists or cannot be written."""
         if file.exists():
             raise StudyError(f"study {settings.study!r} exists already in {file.parent}")
-        with _disk_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            study = _connect(file, settings.direction)
-            study.set_user_attr(_SETTINGS, settings.to_json())
-            return cls(file, study)
+        draft = file.with_name(f".{file.name}.{os.getpid()}")  # so that a study is there whole or not at all
+        with disk_errors(file):
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                study, engine = connect(draft, settings.direction)
+                study.set_user_attr(_SETTINGS, settings.to_json())
+                engine.dispose()
+                draft.replace(file)
+            finally:
+                draft.unlink(missing_ok=True)
+            return cls(file, *connect(file))
 
     @classmethod
     def open(cls, file: Path) -> StudyStore:
         """A study that exists. Raises StudyError where it does not, or is no study of ours."""
         if not file.is_file():
             raise StudyError(f"no study in {str(file.parent)!r}")
-        with _disk_errors(file):
-            study = _connect(file, None)
-            if _SETTINGS not in study.user_attrs:
-                raise StudyError(f"{file} is not a study of autocompress")
-            return cls(file, study)
+        with disk_errors(file):
+            study, engine = connect(file) if holds_study(file) else (None, None)
+            if study is None or engine is None or _SETTINGS not in study.user_attrs:
+                raise StudyError(f"{str(file)!r} is not a study of autocompress")
+            return cls(file, study, engine)
 
     def begin(self, space: Space, ladder: Sequence[Mapping[str, float]], asked: int, workers: int) -> None:
         """Get ready to propose, up to `asked` trials in all: uniform plans first, then the sampler's."""
         import optuna
 
         self.asked, self.workers, self._space = asked, workers, space
-        self._disk.set_user_attr("asked", asked)
-        self._disk.set_user_attr("workers", workers)
+        with disk_errors(self.file):
+            self._disk.set_user_attr("asked", asked)
+            self._disk.set_user_attr("workers", workers)
         self._ladder = list(ladder)
         self._waiting = [t for t in self._trials.values() if t.state == "running"]
         self._seen = {t.plan.key() for t in self._trials.values()}
@@ -176,9 +186,8 @@ class StudyStore:
         }
         values = None if failed or best is None else [float(best.size_bytes), best.metric_val]
         status = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
-        with _disk_errors(self.file):
-            self._storage.set_trial_user_attr(self._ids[number], "result", result)
-            self._storage.set_trial_state_values(self._ids[number], state=status, values=values)
+        with disk_errors(self.file):
+            write_end(self._engine, self._ids[number], values, {"result": result})
         if number in self._open:
             self._memory.tell(self._open.pop(number), values, state=status)
         elif values is not None:
@@ -189,13 +198,13 @@ class StudyStore:
     def note_tests(self, metrics: Mapping[int, float]) -> None:
         """Add the test metrics of trials, by number."""
         self._tests |= {str(n): value for n, value in metrics.items()}
-        with _disk_errors(self.file):
+        with disk_errors(self.file):
             self._disk.set_user_attr(_TESTS, self._tests)
 
     def note_tracking(self, uri: str | None, experiment_id: str | None = None, run_id: str | None = None) -> None:
         """Note where the study is shown in MLflow."""
         self._tracking = {"uri": uri, "experiment_id": experiment_id, "run_id": run_id}
-        with _disk_errors(self.file):
+        with disk_errors(self.file):
             self._disk.set_user_attr(_TRACKING, self._tracking)
 
     def record(self) -> StudyRecord:
@@ -252,36 +261,43 @@ class StudyStore:
         """A plan that was not tried yet, by the sampler; at random when the sampler only repeats itself."""
         import optuna
 
-        random = optuna.samplers.RandomSampler(seed=(self.settings.seed + len(self._trials)) % 2**32)
-        usual = self._memory.sampler
-        try:
-            for attempt in range(_RETRIES):
-                if attempt == _RETRIES // 10:
-                    self._memory.sampler = random
-                trial = self._memory.ask(self._distributions)
-                plan = self._space.plan(trial.params, self.settings.epochs)
-                if plan.key() not in self._seen:
-                    return plan, dict(trial.params), "sampler", trial
-                self._memory.tell(trial, state=optuna.trial.TrialState.FAIL)
-            return None
-        finally:
-            self._memory.sampler = usual
+        for _ in range(_ASKED):
+            trial = self._memory.ask(self._distributions)
+            plan = self._space.plan(trial.params, self.settings.epochs)
+            if plan.key() not in self._seen:
+                return plan, dict(trial.params), "sampler", trial
+            self._memory.tell(trial, state=optuna.trial.TrialState.FAIL)
+        for params in self._at_random():
+            plan = self._space.plan(params, self.settings.epochs)
+            if plan.key() not in self._seen:
+                return plan, params, "sampler", None
+        return None
+
+    def _at_random(self) -> Iterator[dict[str, float]]:
+        """Parameters in random order: all that a small space of whole numbers holds, else a few hundred."""
+        random = Random(f"{self.settings.seed} {len(self._trials)}")
+        knobs = self._space.knobs
+        ranges = [range(int(knob.low), int(knob.high) + 1) for knob in knobs]
+        total = math.prod(map(len, ranges))
+        if total > _SMALL or any(knob.kind != "int" for knob in knobs):
+            for _ in range(_DRAWN):
+                yield {knob.name: knob.at(random.random()) for knob in knobs}
+            return
+        for index in random.sample(range(total), total):
+            params: dict[str, float] = {}
+            rest = index
+            for knob, values in zip(knobs, ranges, strict=True):
+                rest, place = divmod(rest, len(values))
+                params[knob.name] = values[place]
+            yield params
 
     def _store(self, number: int, plan: Plan, params: Mapping[str, float], seed: int, origin: str, asked: Any) -> None:
-        import optuna
-
-        known = self._memory.get_trials(deepcopy=False)
-        system = dict(known[asked.number].system_attrs) if asked is not None else {}
-        started = optuna.trial.create_trial(
-            state=optuna.trial.TrialState.RUNNING,
-            params=dict(params),
-            distributions=self._distributions,
-            user_attrs={"plan": plan.to_json(), "seed": seed, "origin": origin},
-            system_attrs=system,
-        )
-        started.datetime_start = dt.datetime.now()
-        with _disk_errors(self.file):
-            self._ids[number] = self._storage.create_new_trial(self._disk._study_id, template_trial=started)
+        system = {} if asked is None else self._memory.get_trials(deepcopy=False)[asked.number].system_attrs
+        attributes = {"plan": plan.to_json(), "seed": seed, "origin": origin}
+        with disk_errors(self.file):
+            self._ids[number] = insert_running(
+                self._engine, self._disk._study_id, number, params, self._distributions, attributes, system
+            )
         if asked is not None:
             self._open[number] = asked
         self._seen.add(plan.key())
@@ -291,7 +307,7 @@ class StudyStore:
         """Tell the sampler of a trial that it did not propose itself."""
         import optuna
 
-        frozen = self._storage.get_trial(self._ids[number])
+        frozen = self._disk._storage.get_trial(self._ids[number])
         if frozen.distributions == self._distributions:
             self._memory.add_trial(
                 optuna.trial.create_trial(values=values, params=frozen.params, distributions=frozen.distributions)
@@ -327,38 +343,3 @@ def _with_result(trial: TrialRecord, result: Mapping[str, Any]) -> TrialRecord:
         error=result["error"],
         seconds=result["seconds"],
     )
-
-
-def _connect(file: Path, direction: str | None) -> optuna.Study:
-    """The Optuna study in the file, made when a direction is given. WAL mode: a commit costs no fsync."""
-    import optuna
-    from sqlalchemy import event
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 30}})
-
-    @event.listens_for(storage.engine, "connect")
-    def _set_pragmas(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-    storage.engine.dispose()
-    if direction is None:
-        return optuna.load_study(study_name=_STUDY_NAME, storage=storage)
-    return optuna.create_study(study_name=_STUDY_NAME, storage=storage, directions=["minimize", direction])
-
-
-@contextlib.contextmanager
-def _disk_errors(file: Path) -> Iterator[None]:
-    """One clear line for a folder that cannot be written and a file that is no study."""
-    import sqlalchemy.exc
-    from optuna.exceptions import StorageInternalError
-
-    try:
-        yield
-    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, RuntimeError, KeyError) as error:
-        cause = error.__cause__ or error
-        text = str(getattr(cause, "orig", cause)).splitlines()[0]
-        raise StudyError(f"study file {str(file)!r} cannot be used: {text}") from error
-    except OSError as error:
-        raise UsageError(f"folder {str(file.parent)!r} cannot be used: {error.strerror or error}") from error

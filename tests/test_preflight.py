@@ -1,0 +1,59 @@
+"""What a search will do: coverage is complete, numbers are those of the search."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autocompress import preflight
+from autocompress.search.space_file import load_space
+from autocompress.tasks.task import Task
+from autocompress.trial import Workbench
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    torch.set_num_threads(1)
+    net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    task = Task(
+        model=net,
+        train=(x, y),
+        val=(x + 1, y),
+        test=(x + 2, y),
+        loss=F.cross_entropy,
+        metric=lambda o, t: (o.argmax(1) == t).float().mean().item(),
+        batch_size=16,
+    )
+    return Workbench(task)
+
+
+def test_coverage_counts_every_value_once(bench):
+    rows = preflight.coverage(bench)
+    assert sum(row.elements for row in rows) == sum(t.numel() for t in bench.model.state_dict().values())
+    assert [row.name for row in rows if row.kind != "kept"] == ["0", "3"]
+    assert all(row.note for row in rows)
+
+
+def test_estimate_grows_with_trials_and_leaves_the_task_alone(bench):
+    before = {k: v.clone() for k, v in bench.task.model.state_dict().items()}
+    threads = torch.get_num_threads()
+    space = load_space(None, bench.layers)
+
+    def ask(trials: int) -> preflight.Preflight:
+        return preflight.preflight(
+            bench, space, trials=trials, workers=1, threads=1, epochs=2.0, rungs=3, startup=False
+        )
+
+    few, many = ask(4), ask(400)
+    assert many.seconds > 10 * few.seconds
+    assert few.knobs == len(space.knobs)
+    assert few.compressed == 6 * 16 + 16 * 3
+    assert 0 < few.share < 1
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(before[k], v) for k, v in bench.task.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("trials", "steps"), [(1, 0), (2, 1), (6, 2), (12, 4), (40, 10), (1000, 10)])
+def test_ladder_takes_a_third_at_most(trials, steps):
+    assert preflight.uniform_steps(trials) == steps
