@@ -208,7 +208,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _run_search(options: argparse.Namespace, search: Callable[..., Any], trials: int) -> int:
     """Search with the board on the terminal; name the best points, how to look and how to export."""
-    from autocompress.terminal import Board, preflight_lines
+    from autocompress.terminal import Board, coverage_table, preflight_lines
 
     console = _console()
     names: list[str] = []
@@ -216,6 +216,7 @@ def _run_search(options: argparse.Namespace, search: Callable[..., Any], trials:
 
     def show(name: str, found: Any) -> None:
         names.append(name)
+        console.print(coverage_table(found, most=20))
         for line in preflight_lines(name, found):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         if found.trials:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autocompress.plan import Measurement
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from autocompress.engine import Job
-    from autocompress.preflight import Preflight
+    from autocompress.preflight import CoverageRow, Preflight
 
 _ROWS = 8
 
@@ -42,18 +44,45 @@ def preflight_lines(name: str, found: Preflight) -> list[str]:
     ]
 
 
-def coverage_table(found: Preflight) -> Table:
-    """Every tensor of the model: compressed, or kept and why."""
+def coverage_table(found: Preflight, most: int | None = None) -> Table:
+    """Every tensor of the model: compressed, or kept and why. With `most`, kept ones are summed up by reason,
+    and at most so many layers have a row of their own."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("tensor", "kind", "shape", "values", "MACs", "note"):
         table.add_column(column, justify="right" if column in ("values", "MACs") else "left")
-    for row in found.coverage:
+    for row in found.coverage if most is None else summed_up(found.coverage, most):
         shape = "x".join(map(str, row.shape))
         macs = human_count(row.macs) if row.macs else ""
         table.add_row(row.name, row.kind, shape, human_count(row.elements), macs, row.note)
     return table
+
+
+def summed_up(rows: Sequence[CoverageRow], most: int) -> list[CoverageRow]:
+    """The rows with kept tensors of one reason in one row, and layers beyond `most` in another."""
+    layers = [row for row in rows if row.kind != "kept"]
+    reasons: dict[str, list[CoverageRow]] = {}
+    for row in rows:
+        if row.kind == "kept":
+            reasons.setdefault(row.note, []).append(row)
+    shown = layers[:most] if len(layers) > most + 1 else layers
+    result = [*shown, *([_sum(layers[len(shown) :], "more layers")] if len(shown) < len(layers) else [])]
+    return result + [group[0] if len(group) == 1 else _sum(group, "tensors") for group in reasons.values()]
+
+
+def _sum(rows: Sequence[CoverageRow], what: str) -> CoverageRow:
+    kinds = {row.kind for row in rows}
+    notes = {row.note for row in rows}
+    return replace(
+        rows[0],
+        name=f"{len(rows)} {what}",
+        kind=kinds.pop() if len(kinds) == 1 else "",
+        shape=(),
+        elements=sum(row.elements for row in rows),
+        macs=sum(row.macs for row in rows),
+        note=notes.pop() if len(notes) == 1 else "listed by inspect",
+    )
 
 
 class Board:

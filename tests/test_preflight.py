@@ -8,6 +8,7 @@ from torch import nn
 from autocompress import preflight
 from autocompress.search.space_file import load_space
 from autocompress.tasks.task import Task
+from autocompress.terminal import summed_up
 from autocompress.trial import Workbench
 
 
@@ -52,6 +53,15 @@ def test_estimate_grows_with_trials_and_leaves_the_task_alone(bench):
     assert 0 < few.share < 1
     assert torch.get_num_threads() == threads
     assert all(torch.equal(before[k], v) for k, v in bench.task.model.state_dict().items())
+
+
+def test_summary_loses_no_value(bench):
+    rows = preflight.coverage(bench)
+    short = summed_up(rows, 1)
+    assert sum(row.elements for row in short) == sum(row.elements for row in rows)
+    assert len({row.note for row in short if row.kind == "kept"}) == sum(row.kind == "kept" for row in short)
+    many = rows[:1] * 5
+    assert [row.name for row in summed_up(many, 2)] == ["0", "0", "3 more layers"]
 
 
 @pytest.mark.parametrize(("trials", "steps"), [(1, 0), (2, 1), (6, 2), (12, 4), (40, 10), (1000, 10)])

@@ -70,7 +70,7 @@ def task() -> ac.Task:
 
 def wide(data_dir=None) -> "ac.Task":
     return ac.Task(model=nn.Linear(SIZE, 1), train=data(8), val=data(4), test=data(4), loss=loss, metric=metric,
-                   info={{"data_dir": data_dir}})
+                   metric_name=str(data_dir))
 
 def number():
     return 3
@@ -110,8 +110,8 @@ def test_a_tasks_own_name_stays(file):
 
 
 def test_data_dir_reaches_functions_that_take_it(file, tmp_path):
-    assert load_task(f"{file}:wide", data_dir=tmp_path).info["data_dir"] == tmp_path
-    assert load_task(f"{file}:wide").info["data_dir"] is None
+    assert load_task(f"{file}:wide", data_dir=tmp_path).metric_name == str(tmp_path)
+    assert load_task(f"{file}:wide").metric_name == "None"
     load_task(f"{file}:task", data_dir=tmp_path)
 
 

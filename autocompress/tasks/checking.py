@@ -65,7 +65,6 @@ def check_fields(task: Task) -> None:
     size = task.batch_size
     _require(type(size) is int and size >= 1, where, "batch_size", size, "a whole number, 1 or more")
     _require(isinstance(task.metric_name, str), where, "metric_name", task.metric_name, "a text")
-    _require(isinstance(task.info, Mapping), where, "info", task.info, "a mapping")
     inputs = task.example_inputs
     _require(inputs is None or isinstance(inputs, tuple), where, "example_inputs", inputs, "a tuple, or None")
     for split in SPLITS:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -39,4 +39,3 @@ class Task:
     example_inputs: tuple[Any, ...] | None = None
     batch_size: int = 128
     metric_name: str = ""
-    info: Mapping[str, Any] = field(default_factory=dict)
