@@ -26,7 +26,10 @@ _HOMES = {
     "AutocompressError": "autocompress.errors",
     "run_trial": "autocompress.trial",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = [  # noqa: PLE0604
+    "__version__",
+    *_HOMES,
+]
 
 if TYPE_CHECKING:
     from autocompress.api import open_study as open_study

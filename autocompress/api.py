@@ -1,4 +1,4 @@
-"""The Python API: `search`, `open_study`, and what they give back."""
+"""The Python API: `search`, `resume`, `open_study` and `sync`."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import contextlib
 import logging
 import os
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import autocompress
 from autocompress import report
-from autocompress.errors import ArtifactError, StudyError, UsageError
+from autocompress.errors import StudyBusy, StudyError, UsageError
 from autocompress.folders import Records
-from autocompress.plan import Plan
-from autocompress.record import StudyRecord, TrialRecord, parse_size
+from autocompress.origins import load_origin, origin_of
+from autocompress.record import TrialRecord, parse_time
+from autocompress.results import Study, records_of
 from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from autocompress.preflight import Preflight
     from autocompress.session import Listener, Session
     from autocompress.trial import Workbench
@@ -35,110 +33,6 @@ DEFAULT_TRIALS = 40
 RUNGS = (0.0, 0.25, 1.0)
 """Shares of the finetuning at which a trial is measured; it may be stopped at the one in the middle."""
 _PACKAGES = ("torch", "optuna", "ray", "mlflow", "numpy", "constriction")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A member of the front. `metric_test` is None until the search has ended."""
-
-    trial: int
-    size_bytes: int
-    ratio: float
-    metric_val: float
-    metric_test: float | None
-    macs: int
-    plan: Plan
-    artifact: Path
-    _study: Study = field(repr=False, compare=False)
-
-    def model(self) -> nn.Module:
-        """The compressed model, in eval mode, as `autocompress.load` gives it."""
-        from autocompress.compress.artifact import load
-
-        task = self._study.task
-        return load(self.artifact, model=None if task is None else task.model)
-
-    def export(self, out: str | Path, format: str = "onnx") -> dict[str, Any]:
-        """Write and verify a deployment ("onnx", "torch" or "archive") in the folder; its manifest.
-
-        Raises ExportError where it cannot be made or does not give the artifact's results.
-        """
-        return export_point(self._study, self, Path(out), format)
-
-
-@dataclass(frozen=True)
-class Front(Sequence[Point]):
-    """The Pareto front by rising size."""
-
-    points: tuple[Point, ...]
-    record: StudyRecord = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    @overload
-    def __getitem__(self, index: int) -> Point: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Point, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Point | tuple[Point, ...]:
-        return self.points[index]
-
-    def smallest(self, max_drop: str | float | None = None, max_size: str | int | None = None) -> Point:
-        """The smallest point within the limits on validation data.
-
-        `max_drop`: how much worse than the baseline, in the metric's units (0.01) or as "1%".
-        Raises UsageError that names the nearest point where none is within them.
-        """
-        return self._one(pick(self.record, max_drop=max_drop, max_size=max_size, choice="smallest"))
-
-    def best(self, max_size: str | int | None = None) -> Point:
-        """The point with the best validation metric, among those within the size limit."""
-        return self._one(pick(self.record, max_size=max_size, choice="best"))
-
-    def knee(self) -> Point:
-        """The point where the front bends most, sizes on a logarithmic scale."""
-        return self._one(self.record.knee())
-
-    def _one(self, trial: TrialRecord) -> Point:
-        return next(p for p in self.points if p.trial == trial.number)
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study on disk. `task` is None when it was opened without its task."""
-
-    record: StudyRecord
-    records: Records
-    task: Task | None = None
-
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.record.study
-
-    @property
-    def front(self) -> Front:
-        """The Pareto front of size and validation metric."""
-        return Front(tuple(self.point(t) for t in self.record.front), self.record)
-
-    def point(self, trial: TrialRecord) -> Point:
-        """A finished trial whose artifact is kept, as a point."""
-        best, artifact = trial.best, trial.artifact
-        if best is None or artifact is None:
-            raise UsageError(f"trial {trial.number} of {self.name!r} is not on the front: no file of it is kept")
-        return Point(
-            trial=trial.number,
-            size_bytes=best.size_bytes,
-            ratio=self.record.ratio(trial),
-            metric_val=best.metric_val,
-            metric_test=trial.metric_test,
-            macs=best.macs,
-            plan=trial.plan,
-            artifact=self.records.root / artifact,
-            _study=self,
-        )
 
 
 def search(
@@ -172,7 +66,7 @@ def search(
     origin = None
     if isinstance(task, str):
         origin = origin_of(task, data_dir)
-        task = load(origin)
+        task = load_origin(origin)
     return _search(
         task,
         records=Records.find(dir),
@@ -220,7 +114,7 @@ def resume(
                 f"study {name!r} was begun from Python with a Task object: go on with "
                 f"autocompress.resume({name!r}, task=...)"
             )
-        task = load(settings.origin)
+        task = load_origin(settings.origin)
     if trials is not None:
         check_numbers(trials, 0, None)
     return _search(
@@ -235,7 +129,7 @@ def resume(
         sampler=settings.sampler,
         budget=None if time_budget is None else parse_time(time_budget),
         epochs=settings.epochs,
-        tracking_uri=tracking_uri or store.record().tracking_uri,
+        tracking_uri=tracking_uri,
         address=address,
         command=settings.command,
         listener=listener,
@@ -246,7 +140,8 @@ def resume(
 def open_study(name: str | None = None, dir: str | Path | None = None, task: Task | None = None) -> Study:
     """A study on disk, the latest when no name is given. Raises StudyError where there is none."""
     records = Records.find(dir)
-    return Study(_read(records, records.existing(name)), records, task)
+    store = StudyStore.open(records.file(records.existing(name)))
+    return Study(records_of(records, store), records, task, store.settings.origin)
 
 
 def _search(
@@ -304,11 +199,12 @@ def _search(
         versions=versions(),
         origin=origin,
     )
-    with records.lock(settings.study):
-        store = _store(records, settings)
+    with _claimed(records, settings, chosen=name is not None) as claimed:
+        store = _store(records, claimed)
         settings = store.settings
         steps = ladder(found, bench.layers, settings.steps) if settings.steps else []
         store.begin(found, steps, trials, cluster.workers)
+        records.mark_used(settings.study)
         left = max(0, trials - sum(t.state != "running" for t in store.record().trials))
         if on_preflight is not None:
             expected = preflight.preflight(
@@ -324,12 +220,36 @@ def _search(
             on_preflight(settings.study, expected)
         deadline = None if budget is None else time.monotonic() + budget
         session = Session(store, records, listener or Silent(), deadline)
-        session.tracker = _tracker(records, tracking_uri, session.homes.put)
+        session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
             if left:
                 engine.run(task, session, cluster, left, settings.rungs)
             _note_tests(store, records, task, bench)
-        return Study(records_of(records, store), records, task)
+            _say_if_exhausted(session, trials)
+        return Study(records_of(records, store), records, task, settings.origin)
+
+
+@contextlib.contextmanager
+def _claimed(records: Records, settings: Settings, chosen: bool) -> Iterator[Settings]:
+    """Hold the study's lock. A name that was not the user's choice is changed while another search takes it."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(records.lock(settings.study))
+            except StudyBusy:
+                if chosen:
+                    raise
+            else:
+                if chosen or not records.file(settings.study).exists():
+                    yield settings
+                    return
+        settings = replace(settings, study=records.new_name(settings.task))
+
+
+def _say_if_exhausted(session: Session, trials: int) -> None:
+    there = len(session.record.trials)
+    if there < trials and not session.late:
+        _log.warning("the search space holds no other plan: %d trials instead of %d", there, trials)
 
 
 def _store(records: Records, settings: Settings) -> StudyStore:
@@ -367,101 +287,12 @@ def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbenc
     from autocompress.tasks.batches import evaluate
 
     def measure(trial: TrialRecord) -> float:
-        model = load(records.root / str(trial.artifact), model=task.model)
+        if trial.artifact is None:
+            raise StudyError(f"the artifact of trial {trial.number} is missing from {str(records.root)!r}")
+        model = load(records.root / trial.artifact, model=task.model)
         return evaluate(task, model.to(bench.device), "test")
 
     store.note_tests(measure_tests(records_of(records, store), measure))
-
-
-def records_of(records: Records, store: StudyStore) -> StudyRecord:
-    """The study's record, artifacts relative to the records folder, None where the file is not there."""
-    record = store.record()
-
-    def placed(trial: TrialRecord) -> TrialRecord:
-        if trial.artifact is None:
-            return trial
-        path = records.artifact(record.study, trial.artifact)
-        return replace(trial, artifact=records.relative(path) if path.is_file() else None)
-
-    return replace(record, trials=tuple(placed(t) for t in record.trials))
-
-
-def _read(records: Records, name: str) -> StudyRecord:
-    return records_of(records, StudyStore.open(records.file(name)))
-
-
-def pick(
-    record: StudyRecord,
-    *,
-    max_drop: str | float | None = None,
-    max_size: str | int | None = None,
-    choice: str = "smallest",
-) -> TrialRecord:
-    """The front's member that a choice means: knee, smallest, best, or trial=N, within the limits.
-
-    Raises UsageError for an unknown choice, and where no member is within the limits (it names the nearest).
-    """
-    if choice.startswith("trial="):
-        number = choice.removeprefix("trial=")
-        members = {str(t.number): t for t in (*record.front, *([record.baseline] if record.baseline else []))}
-        if number not in members:
-            raise UsageError(f"pick is {choice!r}, allowed: trials on the front: {', '.join(sorted(members, key=int))}")
-        return members[number]
-    if choice not in ("knee", "smallest", "best"):
-        raise UsageError(f"pick is {choice!r}, allowed: knee, smallest, best, trial=N")
-    drop = record.metric_limit(max_drop)
-    size = None if max_size is None else parse_size(max_size)
-    inside = record.within(drop, size)
-    if not inside:
-        near = record.nearest(drop, size)
-        limits = [f"max-drop {max_drop}" if max_drop is not None else "", f"max-size {max_size}" if max_size else ""]
-        wanted = " and ".join(filter(None, limits))
-        raise UsageError(f"no plan is within {wanted}; the nearest is {report.trial_summary(record, near)}")
-    if choice == "knee" and drop is None and size is None:
-        return record.knee()
-    if choice == "knee":
-        return replace(record, trials=inside).knee()
-    return inside[-1] if choice == "best" else inside[0]
-
-
-def export_point(study: Study, point: Point, out: Path, format: str) -> dict[str, Any]:
-    """`Point.export`: the study's task is loaded again where it is not at hand."""
-    from autocompress.deploy.export import export
-
-    record = study.record
-    if not point.artifact.is_file():
-        raise ArtifactError(f"artifact {str(point.artifact)!r} of trial {point.trial} is missing")
-    task = study.task
-    if task is None:
-        origin = StudyStore.open(study.records.file(study.name)).settings.origin
-        if origin is None:
-            raise StudyError(
-                f"study {study.name!r} was begun from Python: export with "
-                f"autocompress.open_study({study.name!r}, task=...).front"
-            )
-        task = load(origin)
-    base = record.baseline
-    facts = {
-        "study": record.study,
-        "task": record.task,
-        "trial": point.trial,
-        "plan": point.plan.to_json()["layers"],
-        "recipe": point.plan.recipe.to_json(),
-        "metric": record.metric,
-        "direction": record.direction,
-        "size_bytes": point.size_bytes,
-        "metric_val": point.metric_val,
-        "metric_test": point.metric_test,
-        "baseline": {
-            "size_bytes": record.baseline_bytes,
-            "metric_val": base.best.metric_val if base and base.best else None,
-            "metric_test": base.metric_test if base else None,
-        },
-        "seed": record.seed,
-        "command": record.command,
-        "versions": dict(record.versions),
-    }
-    return export(point.artifact, task, format, out, facts)
 
 
 def sync(study: str | None = None, *, dir: str | Path | None = None, tracking_uri: str | None = None) -> Any:
@@ -520,54 +351,12 @@ def _same_study(old: Settings, new: Settings) -> None:
             raise StudyError(f"study {old.study!r} exists with {what} {before}, not {now}: give another --study name")
 
 
-def origin_of(spec: str, data_dir: str | Path | None) -> dict[str, str]:
-    """Where a task comes from, in a form that works from any folder."""
-    path, colon, function = spec.rpartition(":")
-    file = path if colon and path.endswith(".py") else spec if spec.endswith(".py") else None
-    if file is not None:
-        spec = f"{Path(file).expanduser().absolute()}{colon and ':' + function if file == path else ''}"
-    data = {} if data_dir is None else {"data_dir": str(Path(data_dir).expanduser().absolute())}
-    return {"task": spec, "folder": os.getcwd(), **data}
-
-
-def load(origin: Any) -> Task:
-    """The task of an origin. A module is looked for in the folder that the study was begun in, too."""
-    from autocompress.tasks.loading import load_task
-
-    with _folder_on_path(origin["folder"]):
-        return load_task(origin["task"], data_dir=origin.get("data_dir"))
-
-
-@contextlib.contextmanager
-def _folder_on_path(folder: str) -> Iterator[None]:
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, this package, and the packages that decide results."""
     from importlib.metadata import version
 
     found = {package: version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), "autocompress": autocompress.__version__, **found}
-
-
-def parse_time(text: str | float) -> float:
-    """Seconds from "90s", "10m", "2h", "600" or a number. Raises UsageError for anything else."""
-    raw = str(text).strip().lower()
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    unit = units.get(raw[-1:], 1.0)
-    try:
-        seconds = float(raw[:-1] if raw[-1:] in units else raw) * unit
-    except ValueError:
-        seconds = float("nan")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"time-budget is {text!r}, allowed: such as 90s, 10m, 2h, more than 0")
-    return seconds
 
 
 def check_numbers(trials: int, seed: int, epochs: float | None) -> None:

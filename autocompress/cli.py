@@ -232,12 +232,13 @@ def _run_search(options: argparse.Namespace, search: Callable[..., Any], trials:
         how = f"go on with: autocompress resume {names[0]}{folder}" if names else "nothing was started"
         return _fail(f"interrupted; what is finished is kept; {how}", 130)
     _print_end(console, study.record, options)
-    return 0
+    return 0 if study.record.front else _fail("every trial failed: there is no front", 1)
 
 
 def _print_end(console: Console, record: StudyRecord, options: argparse.Namespace) -> None:
-    from autocompress import api, report
+    from autocompress import report
     from autocompress.record import name_points
+    from autocompress.results import pick
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -257,7 +258,7 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
             if value
         )
         try:
-            chosen = api.pick(record, max_drop=options.max_drop, max_size=options.max_size)
+            chosen = pick(record, max_drop=options.max_drop, max_size=options.max_size)
             say(f"goal met  {report.trial_summary(record, chosen)}")
         except UsageError as missed:
             goal = ""
@@ -397,14 +398,15 @@ def _data_get(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from autocompress import api, report
+    from autocompress.results import pick
 
     _check_goal(options)
     study = api.open_study(options.study, dir=options.dir)
     choice = options.pick or "smallest"
     if options.pick is None and not (options.max_drop or options.max_size):
         choice = "knee"
-    trial = api.pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
-    manifest = api.export_point(study, study.point(trial), Path(options.out), options.format)
+    trial = pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
+    manifest = study.point(trial).export(options.out, format=options.format)
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
     print(

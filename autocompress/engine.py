@@ -8,6 +8,7 @@ alone writes. Ray's own state is disposable: it lives in a temporary folder and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import pickle
@@ -18,7 +19,7 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -92,8 +93,8 @@ def run(
         trainable = _trainable()
         relay = _Relay(ledger)
         searcher, scheduler, callback = _adapters(relay)
-        folder = tempfile.mkdtemp(prefix="autocompress-ray-")
         payload = ray.put(_dump(task, trial))
+        folder = tempfile.mkdtemp(prefix="autocompress-ray-")
         resources = {"cpu": 1, "gpu": _gpu_share(ray, cluster)}
         tuner = tune.Tuner(
             tune.with_resources(
@@ -117,6 +118,7 @@ def run(
             ),
         )
         with _clean_stop() as interrupted:
+            relay.stopping = interrupted
             try:
                 tuner.fit()
             finally:
@@ -145,7 +147,7 @@ def _clean_stop() -> Iterator[Callable[[], bool]]:
         yield lambda: False
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    user = signal.getsignal(signal.SIGUSR1)
+    user = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Tune listens
     try:
         yield lambda: bool(came)
     finally:
@@ -161,7 +163,6 @@ def _quiet_ray(cluster: Cluster) -> Iterator[Any]:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-        "TUNE_MAX_PENDING_TRIALS_PG": str(cluster.workers),
         "TUNE_WARN_THRESHOLD_S": "60",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -169,6 +170,7 @@ def _quiet_ray(cluster: Cluster) -> Iterator[Any]:
     }
     for key, value in settings.items():
         os.environ.setdefault(key, value)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.workers)
     import ray
 
     for name in ("ray", "ray.tune", "ray.data", "ray.train"):
@@ -207,22 +209,32 @@ def _dump(task: Task, trial: Callable[..., Iterator[Any]] | None) -> bytes:
     from ray import cloudpickle
 
     with contextlib.ExitStack() as stack:
-        for module in _user_modules(task):
+        for module in _user_modules():
             cloudpickle.register_pickle_by_value(module)
             stack.callback(cloudpickle.unregister_pickle_by_value, module)
         try:
-            return bytes(cloudpickle.dumps((task, trial)))
-        except (pickle.PicklingError, TypeError, AttributeError, RuntimeError) as error:
+            return bytes(cloudpickle.dumps((_portable(task), trial)))
+        except (pickle.PicklingError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise UsageError(f"task {task.name!r} cannot be sent to a worker process: {error}") from error
 
 
-def _user_modules(task: Task) -> list[ModuleType]:
-    """Modules that a worker cannot import: those of the task that lie outside the installed packages."""
-    things = (task.model, *task.model.modules(), task.train, task.val, task.test, task.loss, task.metric)
-    names = {getattr(thing, "__module__", None) or type(thing).__module__ for thing in things}
-    names |= {type(thing).__module__ for thing in things}
-    found = [sys.modules[name] for name in names if name in sys.modules and name != "__main__"]
-    return [module for module in found if _is_user_file(getattr(module, "__file__", None))]
+def _portable(task: Task) -> Task:
+    """The task with loaders that hold no running worker processes (persistent_workers=True)."""
+
+    def rested(data: Any) -> Any:
+        if getattr(data, "_iterator", None) is None:
+            return data
+        loader = copy.copy(data)
+        loader._iterator = None
+        return loader
+
+    return replace(task, train=rested(task.train), val=rested(task.val), test=rested(task.test))
+
+
+def _user_modules() -> list[ModuleType]:
+    """Modules that a worker may not find: those that lie outside the installed packages."""
+    loaded = [module for name, module in list(sys.modules.items()) if name != "__main__" and module is not None]
+    return [module for module in loaded if _is_user_file(getattr(module, "__file__", None))]
 
 
 def _is_user_file(file: str | None) -> bool:
@@ -252,9 +264,13 @@ def _trainable() -> type:
             from autocompress.trial import Budget, Workbench, run_trial
 
             torch.set_num_threads(threads)
-            task, trial = pickle.loads(payload)
-            self.bench, self.run_trial = Workbench(task), trial or run_trial
             self.budget = Budget(rungs)
+            self.problem: str | None = None
+            try:
+                task, trial = pickle.loads(payload)
+                self.bench, self.run_trial = Workbench(task), trial or run_trial
+            except Exception as error:  # told by each trial, since Tune would only say that the worker died
+                self.problem = f"the task could not be set up in a worker: {_one_line(error)}"
             self.reset_config(config)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -264,6 +280,8 @@ def _trainable() -> type:
 
         def step(self) -> dict[str, Any]:
             number = self.job["number"]
+            if self.problem is not None:
+                return {"number": number, "error": self.problem, "done": True}
             try:
                 if self.outcomes is None:
                     plan = Plan.from_json(self.job["plan"])
@@ -271,9 +289,7 @@ def _trainable() -> type:
                     self.left = len(self.budget.rungs) if plan.recipe.epochs > 0 else 1
                 outcome = next(self.outcomes)
                 self.left -= 1
-            except (
-                Exception
-            ) as error:  # a user's model, loss or metric may raise anything: the trial fails, not the search
+            except Exception as error:  # a user's code may raise anything: the trial fails, not the search
                 return {"number": number, "error": _one_line(error), "done": True}
             return {
                 "number": number,
@@ -306,6 +322,7 @@ class _Relay:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.problem: BaseException | None = None
+        self.stopping: Callable[[], bool] = lambda: False
         self._numbers: dict[str, int] = {}
         self._rungs: set[tuple[int, int]] = set()
 
@@ -314,7 +331,7 @@ class _Relay:
         return object, ()
 
     def next(self, trial_id: str) -> Job | None:
-        job = None if self.problem else self._guard(self.ledger.next)
+        job = None if self.problem or self.stopping() else self._guard(self.ledger.next)
         if job is not None:
             self._numbers[trial_id] = job.number
         return job

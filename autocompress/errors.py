@@ -33,6 +33,10 @@ class StudyError(UsageError):
     """A study that does not exist, is occupied, or belongs to something else."""
 
 
+class StudyBusy(StudyError):
+    """A study that another process is searching."""
+
+
 class ArtifactError(AutocompressError):
     """A compressed file that is damaged, hostile, or not for this model."""
 

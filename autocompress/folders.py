@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from autocompress.errors import StudyError, UsageError
+from autocompress.errors import StudyBusy, StudyError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -36,7 +36,8 @@ class Records:
         """A study's folder. Raises UsageError for a name that cannot be one."""
         if not _NAME.fullmatch(study):
             raise UsageError(
-                f"study name is {study!r}, allowed: 1 to 100 letters, digits, '.', '_' and '-', the first a letter or digit"
+                f"study name is {study!r}, allowed: 1 to 100 letters, digits, '.', '_' and '-', "
+                "the first a letter or digit"
             )
         return self.root / "studies" / study
 
@@ -85,9 +86,14 @@ class Records:
         taken = {path.name for path in (self.root / "studies").glob("*")}
         return next(name for n in range(1, len(taken) + 2) if (name := f"{stem}-{n}") not in taken)
 
+    def mark_used(self, study: str) -> None:
+        """Make the study the latest."""
+        with contextlib.suppress(OSError):
+            (self.folder(study) / "last-used").touch()
+
     @contextlib.contextmanager
     def lock(self, study: str) -> Iterator[None]:
-        """Hold the study for writing. Raises StudyError where another process does, UsageError for a folder
+        """Hold the study for writing. Raises StudyBusy where another process does, UsageError for a folder
         that cannot be written."""
         import filelock
 
@@ -97,12 +103,10 @@ class Records:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise StudyError(f"study {study!r} is in use by another process; wait for it or stop it first") from None
+            raise StudyBusy(f"study {study!r} is in use by another process; wait for it or stop it first") from None
         except OSError as error:
             raise UsageError(f"records folder {str(self.root)!r} cannot be written: {error.strerror}") from error
         try:
-            with contextlib.suppress(OSError):
-                (folder / "last-used").touch()
             yield
         finally:
             lock.release()

@@ -90,13 +90,14 @@ def inspect_task(
 ) -> Preflight:
     """The preflight of a search that is not run. Raises TaskError, SpaceError and UsageError as `search` does."""
     from autocompress import api, engine, preflight
+    from autocompress.origins import load_origin, origin_of
     from autocompress.search.space_file import load_space
     from autocompress.tasks.checking import check_task
     from autocompress.trial import Workbench
 
     api.check_numbers(trials, 0, epochs)
     cluster = engine.plan_cluster(workers)
-    loaded = api.load(api.origin_of(task, data_dir))
+    loaded = load_origin(origin_of(task, data_dir))
     check_task(loaded)
     bench = Workbench(loaded)
     return preflight.preflight(

@@ -36,7 +36,11 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found and what to expect. Times in seconds for the whole search, memory in bytes at its peak."""
+    """What was found and what to expect: seconds for the whole search, bytes of memory at its peak.
+
+    `seconds` is None where the steps that an estimate needs failed; `problem` then says why. The
+    search may still go on: another plan need not fail.
+    """
 
     coverage: tuple[CoverageRow, ...]
     compressed: int
@@ -48,8 +52,9 @@ class Preflight:
     workers: int
     threads: int
     epochs: float
-    seconds: float
+    seconds: float | None
     memory_bytes: float
+    problem: str = ""
 
     @property
     def share(self) -> float:
@@ -78,7 +83,11 @@ def preflight(
     rows = coverage(bench)
     kept = sum(r.elements for r in rows if r.kind == "kept")
     total = sum(r.elements for r in rows)
-    step, fixed = _costs(bench, space, threads, epochs)
+    problem = ""
+    try:
+        step, fixed = _costs(bench, space, threads, epochs)
+    except Exception as error:  # whatever a user's loss, metric or data raises: a trial will say it again
+        step, fixed, problem = math.nan, math.nan, f"{type(error).__name__}: {' '.join(str(error).split())}"
     recipe_epochs = space.plan(space.clip({k.name: k.at(0.5) for k in space.knobs}), epochs).recipe.epochs
     full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
     early = max(0, trials - uniform_steps(trials) - 1)
@@ -95,8 +104,9 @@ def preflight(
         workers=workers,
         threads=threads,
         epochs=recipe_epochs,
-        seconds=seconds,
+        seconds=None if problem else seconds,
         memory_bytes=_memory(workers),
+        problem=problem,
     )
 
 

@@ -10,20 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from autocompress import pareto
 from autocompress.errors import UsageError
 from autocompress.plan import LayerSpec, Measurement, Plan
 
 STATES = ("running", "complete", "stopped", "failed")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a user asks of a plan: a metric limit, a size limit, either or both."""
-
-    max_drop: str | float | None = None
-    max_size: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,15 +123,11 @@ class StudyRecord:
     def drop(self, trial: TrialRecord) -> float:
         """How much worse than the baseline's the trial's validation metric is, in the metric's units."""
         assert trial.best is not None
-        assert self.baseline is not None
-        assert self.baseline.best is not None
-        return self.sign * (trial.best.metric_val - self.baseline.best.metric_val)
+        return self.sign * (trial.best.metric_val - self._baseline_metric())
 
     def relative_drop(self, trial: TrialRecord) -> float:
         """`drop` in units of the baseline's metric."""
-        assert self.baseline is not None
-        assert self.baseline.best is not None
-        return self.drop(trial) / (abs(self.baseline.best.metric_val) or 1.0)
+        return self.drop(trial) / (abs(self._baseline_metric()) or 1.0)
 
     def knee(self) -> TrialRecord:
         """The front's knee point, sizes on a logarithmic scale. Raises UsageError on an empty front."""
@@ -185,7 +174,7 @@ class StudyRecord:
         number, percent = parse_drop(max_drop)
         if not percent:
             return number
-        base = self.baseline.best.metric_val if self.baseline and self.baseline.best else 1.0
+        base = self._baseline_metric()
         is_fraction = self.direction == "maximize" and 0 <= base <= 1
         return number if is_fraction else number * abs(base)
 
@@ -205,7 +194,7 @@ class StudyRecord:
                 "metric_test": base.metric_test if base else None,
             },
             "hypervolume": self.hypervolume(),
-            "tracking_uri": self.tracking_uri,
+            "tracking_uri": None if self.tracking_uri is None else without_password(self.tracking_uri),
             "run_id": self.run_id,
             "front": [self._point_json(t) for t in self.front],
         }
@@ -220,7 +209,7 @@ class StudyRecord:
             "metric_test": trial.metric_test,
             "macs": trial.best.macs,
             "artifact": trial.artifact,
-            "plan": trial.plan.to_json()["layers"],
+            "plan": {name or "model": layer.to_json() for name, layer in trial.plan.layers.items()},
             "recipe": trial.plan.recipe.to_json(),
         }
 
@@ -228,9 +217,20 @@ class StudyRecord:
         assert trial.best is not None
         return float(trial.best.size_bytes), self.sign * trial.best.metric_val
 
+    def _baseline_metric(self) -> float:
+        if self.baseline is None or self.baseline.best is None:
+            raise UsageError(f"study {self.study!r} has no result of trial 0, from which a drop is measured")
+        return self.baseline.best.metric_val
+
     def _require_front(self) -> None:
         if not self.front:
             raise UsageError(f"study {self.study!r} has no finished trial yet")
+
+
+def without_password(uri: str) -> str:
+    """The URI without a user name and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def parse_drop(text: str | float) -> tuple[float, bool]:
@@ -259,6 +259,20 @@ def parse_size(text: str | int) -> int:
     if not (math.isfinite(size) and size >= 1):
         raise UsageError(f"max-size is {text!r}, allowed: bytes such as 50KB, 1.5MB or 800")
     return int(size)
+
+
+def parse_time(text: str | float) -> float:
+    """Seconds from "90s", "10m", "2h", "600" or a number. Raises UsageError for anything else."""
+    raw = str(text).strip().lower()
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = units.get(raw[-1:], 1.0)
+    try:
+        seconds = float(raw[:-1] if raw[-1:] in units else raw) * unit
+    except ValueError:
+        seconds = float("nan")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"time-budget is {text!r}, allowed: such as 90s, 10m, 2h, more than 0")
+    return seconds
 
 
 def name_points(record: StudyRecord) -> Iterable[tuple[str, TrialRecord]]:

@@ -80,6 +80,10 @@ class Session:
         self.sign = 1.0 if store.settings.direction == "minimize" else -1.0
         self.homes: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._rungs = Rungs()
+        for trial in store.record().trials:
+            for m in trial.measurements[:-1] if trial.state == "complete" else trial.measurements:
+                if m.rung:
+                    self._rungs.report(trial.number, m.rung, (float(m.size_bytes), self.sign * m.metric_val))
         self._running: dict[int, _Running] = {}
         self._record: StudyRecord | None = None
 
@@ -93,7 +97,7 @@ class Session:
     def next(self) -> Job | None:
         """The next trial; None when all are there, or the time is over."""
         self.note_homes()
-        if self._late():
+        if self.late:
             return None
         proposal = self.store.propose()
         if proposal is None:
@@ -117,7 +121,7 @@ class Session:
         decision = self._rungs.report(number, measurement.rung, values) if measurement.rung else Decision.CONTINUE
         if trial.origin != "sampler":
             decision = Decision.CONTINUE
-        if self._late():
+        if self.late:
             decision = Decision.STOP
         trial.stopped = decision is Decision.STOP
         return decision
@@ -144,11 +148,13 @@ class Session:
     def drop_artifacts(self) -> None:
         """Remove the files of trials that are neither on the front nor the baseline."""
         folder = self.records.artifact(self.store.settings.study, "x").parent
-        kept = {t.artifact for t in self.record.trials if t.artifact is not None}
+        kept = {Path(t.artifact).name for t in self.record.trials if t.artifact is not None}
         kept |= {artifact_name(number) for number in self._running}
         for path in folder.glob("trial-*.acz"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+        for path in folder.glob(".trial-*"):  # half-written ones of a process that was killed
+            path.unlink(missing_ok=True)
 
     def note_homes(self) -> None:
         """Store where MLflow shows the study, once its writer thread has said so."""
@@ -159,15 +165,19 @@ class Session:
                 self._record = None
 
     def _joins_front(self, number: int, trial: _Running) -> bool:
+        """Whether the record will count the trial to the front: of equal ones it takes the first by number."""
         assert trial.best is not None
-        mine = self._key(trial.best)[::-1]
-        rivals = ((t.best.size_bytes, self.sign * t.best.metric_val) for t in self.record.front if t.best is not None)
-        return number == 0 or not any(a <= mine[0] and b <= mine[1] for a, b in rivals)
+        mine = (trial.best.size_bytes, self.sign * trial.best.metric_val)
+        rivals = ((t.best.size_bytes, self.sign * t.best.metric_val, t.number) for t in self.record.front if t.best)
+        beaten = any(a <= mine[0] and b <= mine[1] and ((a, b) != mine or n < number) for a, b, n in rivals)
+        return number == 0 or not beaten
 
     def _key(self, m: Measurement) -> tuple[float, int]:
         return self.sign * m.metric_val, m.size_bytes
 
-    def _late(self) -> bool:
+    @property
+    def late(self) -> bool:
+        """Whether the time budget is spent."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
 

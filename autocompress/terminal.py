@@ -40,8 +40,14 @@ def preflight_lines(name: str, found: Preflight) -> list[str]:
         f"thread{'s' * (found.threads > 1)} each, {found.epochs:.3g} epochs of finetuning a trial",
         f"space: {found.knobs} knobs, {plans}; {found.share:.1%} of {human_count(found.compressed + found.kept)} "
         f"values compressible, float32 model {human_bytes(found.baseline_bytes)}",
-        f"expected: about {human_time(found.seconds)}, {human_bytes(found.memory_bytes)} of memory",
+        f"expected: {_expected(found)}, {human_bytes(found.memory_bytes)} of memory",
     ]
+
+
+def _expected(found: Preflight) -> str:
+    if found.seconds is None:
+        return f"no estimate of time ({found.problem})"
+    return f"about {human_time(found.seconds)}"
 
 
 def coverage_table(found: Preflight, most: int | None = None) -> Table:
@@ -166,7 +172,7 @@ class Board:
         for number, text in sorted(self._rows.items()):
             table.add_row(str(number), Text(text, style="cyan"))
         front = {t.number for t in record.front} if record else set()
-        for trial in self._ended[::-1][: _ROWS - len(self._rows)]:
+        for trial in self._ended[::-1][: max(0, _ROWS - len(self._rows))]:
             self._add(table, record, trial, trial.number in front)
         parts: list[RenderableType] = [head, table]
         if record and record.front:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import autocompress
 from autocompress.codec import container
@@ -20,7 +21,16 @@ from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, check
-from autocompress.tasks.batches import batches, call_model, evaluate, first_batch, num_batches
+from autocompress.tasks.batches import (
+    batches,
+    call_model,
+    evaluate,
+    first_batch,
+    is_pair,
+    map_tensors,
+    num_batches,
+    to_device,
+)
 from autocompress.tasks.randomness import preserved
 from autocompress.tasks.task import Task
 
@@ -43,7 +53,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial gives at one rung: numbers, the file that they were measured on, the state behind it."""
+    """What a trial gives at one rung: numbers, the file that they were measured on, the state behind it.
+
+    `state()` is to be called before the next outcome is asked for, which trains the same tensors on.
+    """
 
     measurement: Measurement
     artifact: bytes = field(repr=False)
@@ -59,7 +72,7 @@ class Workbench:
     def __init__(self, task: Task, device: str | torch.device | None = None) -> None:
         self.task = task
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = _copy(task.model).to(self.device).eval()
+        self.model = copy.deepcopy(task.model).to(self.device).eval()
         self._svds: dict[tuple[str, str], lowrank.Svd] = {}
 
     @cached_property
@@ -75,9 +88,10 @@ class Workbench:
 
     def example(self) -> Any:
         """Inputs of one example, on the device."""
-        given = self.task.example_inputs
-        inputs = given if given is not None else first_batch(self.task.val, 1)[0]
-        return move(inputs, self.device)
+        inputs = self.task.example_inputs
+        if inputs is None:  # a DataLoader gives a whole batch
+            inputs = map_tensors(first_batch(self.task.val, 1)[0], lambda tensor: tensor[:1])
+        return to_device(inputs, self.device)
 
     def svd(self, spec: LayerSpec, scheme: str) -> lowrank.Svd:
         """The SVD of a layer's original weight, computed once."""
@@ -110,12 +124,16 @@ class Workbench:
         guides = self._guides if distil else None
 
         def epoch(index: int) -> Iterator[Batch]:
-            shuffle = seed * 100_003 + index
+            shuffle = (seed * 1_000_003 + index) % 2**63
             if guides is not None:
                 inputs, targets = task.train
                 order = torch.arange(len(inputs))
                 for x, rows in batches((inputs, order), task.batch_size, shuffle_seed=shuffle, device="cpu"):
-                    yield move(x, self.device), move(targets[rows], self.device), move(guides[rows], self.device)
+                    yield (
+                        to_device(x, self.device),
+                        to_device(targets[rows], self.device),
+                        to_device(guides[rows], self.device),
+                    )
                 return
             for x, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
                 with torch.no_grad():
@@ -128,7 +146,7 @@ class Workbench:
     def _guides(self) -> Tensor | None:
         """The uncompressed model's outputs on a pair of tensors, once for all trials, if they fit in memory."""
         train = self.task.train
-        if not (isinstance(train, tuple | list) and len(train) == 2 and isinstance(train[0], Tensor)):
+        if not is_pair(train):
             return None
         outputs = []
         with torch.no_grad():
@@ -217,20 +235,3 @@ def _set_random_state(state: tuple[Any, Any, Tensor, list[Tensor]]) -> None:
     torch.set_rng_state(state[2])
     if state[3]:
         cuda.set_rng_state_all(state[3])
-
-
-def move(value: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple, list or mapping of tensors, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: move(v, device) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(move(v, device) for v in value)
-    return value
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from autocompress import api
 from autocompress.errors import UsageError
+from autocompress.origins import origin_of
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
-from autocompress.record import StudyRecord, TrialRecord
+from autocompress.record import StudyRecord, TrialRecord, parse_time
+from autocompress.results import pick
 
 SPEC = LayerSpec("fc", "linear", (10, 20), 200)
 
@@ -49,44 +50,44 @@ def test_front_leaves_out_dominated_trials():
     ],
 )
 def test_pick(limits, choice, expected):
-    assert api.pick(RECORD, choice=choice, **limits).number == expected
+    assert pick(RECORD, choice=choice, **limits).number == expected
 
 
 def test_percentage_is_relative_for_a_loss():
     record = study(trial(0, 9000, 4.0), trial(1, 500, 4.03), trial(2, 300, 4.2), direction="minimize")
-    assert api.pick(record, max_drop="1%").number == 1
-    assert api.pick(record, max_drop=0.01).number == 0
+    assert pick(record, max_drop="1%").number == 1
+    assert pick(record, max_drop=0.01).number == 0
 
 
 def test_unmet_goal_names_the_nearest_point():
     with pytest.raises(UsageError, match=r"no plan is within max-size 50B; the nearest is trial 3: 100 B"):
-        api.pick(RECORD, max_size="50B")
+        pick(RECORD, max_size="50B")
 
 
 @pytest.mark.parametrize("choice", ["trial=4", "trial=x", "middle"])
 def test_bad_picks(choice):
     with pytest.raises(UsageError, match="pick is"):
-        api.pick(RECORD, choice=choice)
+        pick(RECORD, choice=choice)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("2h", 7200), ("45", 45), (1.5, 1.5)])
 def test_times(text, seconds):
-    assert api.parse_time(text) == seconds
+    assert parse_time(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["-1", "0", "ten", "nan", "inf", "", "10d"])
 def test_bad_times(text):
     with pytest.raises(UsageError, match="time-budget is"):
-        api.parse_time(text)
+        parse_time(text)
 
 
 def test_origin_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    origin = api.origin_of("sub/my.py:task", "data")
+    origin = origin_of("sub/my.py:task", "data")
     assert origin["task"] == f"{tmp_path}/sub/my.py:task"
     assert origin["data_dir"] == str(tmp_path / "data")
-    assert api.origin_of("digits", None)["task"] == "digits"
-    assert api.origin_of("package.module:task", None)["task"] == "package.module:task"
+    assert origin_of("digits", None)["task"] == "digits"
+    assert origin_of("package.module:task", None)["task"] == "package.module:task"
 
 
 def test_readme_task_is_a_task(tmp_path):

@@ -44,7 +44,7 @@ def error_of(values, table):
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "uniform", "laplace"])
 def test_a_small_codebook_is_near_the_best_there_is(kind, k):
-    values, slack = sample(kind), 1.25 if kind == "laplace" else 1.05  # even spacing suits heavy tails less
+    values, slack = sample(kind), 1.4 if kind == "laplace" else 1.05  # even spacing suits heavy tails less
     table = quantize.kmeans(tensor(values), k).numpy()
     assert best_error(values, k) - 1e-9 <= error_of(values, table) <= slack * best_error(values, k)
 

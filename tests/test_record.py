@@ -108,6 +108,23 @@ def test_nearest_misses_by_the_least():
     assert record.nearest(0.5, 300) in met
 
 
+def test_a_password_is_not_told():
+    for uri, told in (
+        ("postgresql://me:secret@db:5432/runs?x=1", "postgresql://db:5432/runs?x=1"),
+        ("http://me@host:5000", "http://host:5000"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("http://host:5000", "http://host:5000"),
+    ):
+        assert study(tracking_uri=uri).to_front_json()["tracking_uri"] == told
+
+
+def test_a_drop_needs_a_baseline():
+    for ask in (lambda r: r.drop(TWO), lambda r: r.metric_limit("1%"), lambda r: r.within(max_drop=0.1)):
+        with pytest.raises(UsageError, match="study 'mine' has no result of trial 0, from which a drop is measured"):
+            ask(study(TWO))
+    assert study(TWO).metric_limit(0.1) == 0.1
+
+
 def test_an_empty_front_says_so():
     record = study(FAILED)
     for ask in (record.knee, record.best, record.nearest):
@@ -164,6 +181,8 @@ def test_the_front_as_json_keeps_the_contract():
         "threshold": 0.5,
     }
     assert point["recipe"] == {"epochs": 2.0, "learning_rate": 0.01, "distillation": 0.25}
+    bare = TrialRecord(0, "complete", Plan({"": LayerPlan()}), 0, BASE.measurements, BASE.best)
+    assert list(study(bare).to_front_json()["front"][0]["plan"]) == ["model"]
     empty = study().to_front_json()
     assert empty["baseline"] == {"size_bytes": 4096, "metric_val": None, "metric_test": None}
     assert empty["front"] == []

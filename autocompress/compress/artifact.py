@@ -135,6 +135,7 @@ def _skeleton(
 def _filled(module: nn.Module, artifact: Artifact) -> nn.Module:
     if any(tensor.is_meta for tensor in unique_state(module).values()):
         module = module.to_empty(device="cpu")
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # else other kernels, other last bits
     fill(module, artifact.tensors)
     return module.eval()
 

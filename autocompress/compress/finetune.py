@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from autocompress.compress.apply import Compressed, call_with
+from autocompress.compress.apply import Compressed, call_with, in_fast_layout
 from autocompress.errors import TrialFailed
 from autocompress.plan import Recipe
 
@@ -41,16 +41,20 @@ def finetune(
     learn at a tenth of the rate. Raises TrialFailed when the loss is no longer finite.
     """
     total = max(1, round(recipe.epochs * feed.steps))
+    if not model.codes and not any(True for _ in model.others()):
+        yield from rungs  # everything is frozen: nothing to train
+        return
     optimiser = _optimiser(model, recipe.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     batches = _endless(feed)
-    model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for tensor in (*model.module.parameters(), *model.module.buffers()):
+        tensor.data = in_fast_layout(tensor.data)
     step = 0
     for rung in rungs:
         until = min(total, max(round(rung * feed.steps), rung > 0))
         while step < until:
             inputs, targets, guide = next(batches)
-            model.module.train()
+            _train_mode(model.module)
             outputs = call_with(model.module, model.substitutes(), inputs)
             value = _objective(outputs, targets, guide, loss, recipe.distillation)
             if not math.isfinite(value.item()):
@@ -61,6 +65,15 @@ def finetune(
             scheduler.step()
             step += 1
         yield rung
+
+
+def _train_mode(module: nn.Module) -> None:
+    """Training mode, but for the parts that are frozen: their running statistics are to stay."""
+    module.train()
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        if own and part._buffers and not any(p.requires_grad for p in own):
+            part.eval()
 
 
 def distillation_loss(outputs: Tensor, guide: Tensor, targets: Any) -> Tensor:
@@ -84,8 +97,12 @@ def _class_axis(outputs: Tensor, targets: Any) -> int | None:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.dim() < 2:
         return None
     if targets.shape == outputs.shape[:1] + outputs.shape[2:]:
-        return 1
-    return -1 if targets.shape == outputs.shape[:-1] else None
+        axis = 1
+    elif targets.shape == outputs.shape[:-1]:
+        axis = -1
+    else:
+        return None
+    return axis if outputs.shape[axis] > 1 else None
 
 
 def _objective(

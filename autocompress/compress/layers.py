@@ -191,9 +191,10 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
     probe.register_forward_pre_hook(note_examples, with_kwargs=True)
 
     for spec in layers:
-        for path in dict.fromkeys((spec.name, *spec.shared_with)):
-            if _kind(modules[path]):
-                modules[path].register_forward_hook(count(spec.name))
+        users = {id(modules[path]): modules[path] for path in (spec.name, *spec.shared_with)}
+        for module in users.values():
+            if _kind(module):
+                module.register_forward_hook(count(spec.name))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         call(probe)
     return {name: count // max(1, examples[0]) for name, count in macs.items()}

@@ -42,8 +42,15 @@ def connect(file: Path, direction: str | None = None) -> tuple[optuna.Study, Eng
     storage = optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": open_file})
     if direction is None:
         return optuna.load_study(study_name=STUDY_NAME, storage=storage), storage.engine
-    directions = ["minimize", direction]
-    return optuna.create_study(study_name=STUDY_NAME, storage=storage, directions=directions), storage.engine
+    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, directions=directions(direction))
+    return study, storage.engine
+
+
+def directions(direction: str) -> list[optuna.study.StudyDirection]:
+    """Those of the two objectives: bytes, and a metric that is to "minimize" or "maximize"."""
+    from optuna.study import StudyDirection
+
+    return [StudyDirection.MINIMIZE, StudyDirection[direction.upper()]]
 
 
 def holds_study(file: Path) -> bool:
@@ -73,6 +80,7 @@ def insert_running(
     engine: Engine,
     study_id: int,
     number: int,
+    *,
     params: Mapping[str, float],
     distributions: Mapping[str, BaseDistribution],
     user_attrs: Mapping[str, Any],
@@ -109,14 +117,12 @@ def write_end(engine: Engine, trial_id: int, values: Sequence[float] | None, use
         for objective, value in enumerate(values or ())
     ]
     table = models.TrialModel.__table__
-    state = TrialState.FAIL if values is None else TrialState.COMPLETE
+    end = {"state": TrialState.FAIL if values is None else TrialState.COMPLETE, "datetime_complete": _now()}
     with engine.begin() as connection:
         connection.execute(insert(models.TrialUserAttributeModel.__table__), _attributes(trial_id, user_attrs))
         if rows:
             connection.execute(insert(models.TrialValueModel.__table__), rows)
-        connection.execute(
-            update(table).where(table.c.trial_id == trial_id).values(state=state, datetime_complete=_now())
-        )
+        connection.execute(update(table).where(table.c.trial_id == trial_id).values(end))
 
 
 def _params(

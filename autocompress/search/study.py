@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from autocompress.errors import StudyError
 from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
 from autocompress.record import StudyRecord, TrialRecord
-from autocompress.search.disk import connect, disk_errors, holds_study, insert_running, write_end
+from autocompress.search.disk import connect, directions, disk_errors, holds_study, insert_running, write_end
 from autocompress.search.samplers import make_sampler
 from autocompress.search.space import Space
 
@@ -79,6 +81,15 @@ class Proposal:
     origin: str
 
 
+class _Found(NamedTuple):
+    """A plan that was not tried yet, the parameters it follows from, and the sampler's open trial, if it was asked."""
+
+    plan: Plan
+    params: dict[str, float]
+    origin: str
+    asked: optuna.Trial | None = None
+
+
 class StudyStore:
     """One study on disk. Make one with `create` or `open`; `propose` needs `begin` first."""
 
@@ -135,8 +146,7 @@ class StudyStore:
         self._seen = {t.plan.key() for t in self._trials.values()}
         self._distributions = space.distributions()
         sampler = make_sampler(self.settings.sampler, self.settings.seed + len(self._trials), len(ladder) + 1)
-        directions = ["minimize", self.settings.direction]
-        self._memory = optuna.create_study(directions=directions, sampler=sampler)
+        self._memory = optuna.create_study(directions=directions(self.settings.direction), sampler=sampler)
         done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
         for trial in self._disk.get_trials(deepcopy=False, states=done):
             if trial.distributions == self._distributions:
@@ -154,10 +164,9 @@ class StudyStore:
         found = self._baseline() if number == 0 else self._uniform() or self._sampled()
         if found is None:
             return None
-        plan, params, origin, asked = found
-        seed = self.settings.seed * 1_000_003 + number
-        self._store(number, plan, params, seed, origin, asked)
-        return Proposal(number, plan, seed, origin)
+        proposal = Proposal(number, found.plan, trial_seed(self.settings.seed, number), found.origin)
+        self._store(proposal, found)
+        return proposal
 
     def finish(
         self,
@@ -208,7 +217,7 @@ class StudyStore:
             self._disk.set_user_attr(_TRACKING, self._tracking)
 
     def record(self) -> StudyRecord:
-        """The study as it is now. `artifact` of the front's members and trial 0 is relative to the study's folder."""
+        """The study as it is now. `artifact` of the front's members and trial 0 is relative to the records folder."""
         s = self.settings
         trials = tuple(self._trials[n] for n in sorted(self._trials))
         trials = tuple(replace(t, metric_test=self._tests.get(str(t.number))) for t in trials)
@@ -235,7 +244,7 @@ class StudyStore:
         )
         kept = {t.number for t in record.front} | {0}
         trials = tuple(
-            replace(t, artifact=artifact_name(t.number)) if t.number in kept and t.best is not None else t
+            replace(t, artifact=artifact_path(s.study, t.number)) if t.number in kept and t.best is not None else t
             for t in trials
         )
         return replace(record, trials=trials)
@@ -244,20 +253,20 @@ class StudyStore:
         sign = 1.0 if self.settings.direction == "minimize" else -1.0
         return min(measurements, key=lambda m: (sign * m.metric_val, m.size_bytes), default=None)
 
-    def _baseline(self) -> tuple[Plan, dict[str, float], str, Any]:
+    def _baseline(self) -> _Found:
         """Trial 0. Its parameters are the mildest that the space holds, so that samplers can use it."""
         mildest = dict(self._ladder[0]) if self._ladder else self._space.clip({})
-        return uncompressed(self.settings.layers), mildest, "baseline", None
+        return _Found(uncompressed(self.settings.layers), mildest, "baseline")
 
-    def _uniform(self) -> tuple[Plan, dict[str, float], str, Any] | None:
+    def _uniform(self) -> _Found | None:
         while self._ladder:
             params = dict(self._ladder.pop(0))
             plan = self._space.plan(params, self.settings.epochs)
             if plan.key() not in self._seen:
-                return plan, params, "ladder", None
+                return _Found(plan, params, "ladder")
         return None
 
-    def _sampled(self) -> tuple[Plan, dict[str, float], str, Any] | None:
+    def _sampled(self) -> _Found | None:
         """A plan that was not tried yet, by the sampler; at random when the sampler only repeats itself."""
         import optuna
 
@@ -265,12 +274,12 @@ class StudyStore:
             trial = self._memory.ask(self._distributions)
             plan = self._space.plan(trial.params, self.settings.epochs)
             if plan.key() not in self._seen:
-                return plan, dict(trial.params), "sampler", trial
+                return _Found(plan, dict(trial.params), "sampler", trial)
             self._memory.tell(trial, state=optuna.trial.TrialState.FAIL)
         for params in self._at_random():
             plan = self._space.plan(params, self.settings.epochs)
             if plan.key() not in self._seen:
-                return plan, params, "sampler", None
+                return _Found(plan, params, "sampler")
         return None
 
     def _at_random(self) -> Iterator[dict[str, float]]:
@@ -291,17 +300,29 @@ class StudyStore:
                 params[knob.name] = values[place]
             yield params
 
-    def _store(self, number: int, plan: Plan, params: Mapping[str, float], seed: int, origin: str, asked: Any) -> None:
-        system = {} if asked is None else self._memory.get_trials(deepcopy=False)[asked.number].system_attrs
-        attributes = {"plan": plan.to_json(), "seed": seed, "origin": origin}
+    def _store(self, proposal: Proposal, found: _Found) -> None:
+        number, asked = proposal.number, found.asked
         with disk_errors(self.file):
             self._ids[number] = insert_running(
-                self._engine, self._disk._study_id, number, params, self._distributions, attributes, system
+                self._engine,
+                self._disk._study_id,
+                number,
+                params=found.params,
+                distributions=self._distributions,
+                user_attrs={
+                    "plan": found.plan.to_json(),
+                    "seed": proposal.seed,
+                    "origin": found.origin,
+                    "parent": None,  # the trial whose state this one starts from, once searches hand states on
+                },
+                system_attrs={}
+                if asked is None
+                else self._memory.get_trials(deepcopy=False)[asked.number].system_attrs,
             )
         if asked is not None:
             self._open[number] = asked
-        self._seen.add(plan.key())
-        self._trials[number] = TrialRecord(number, "running", plan, seed, origin=origin)
+        self._seen.add(found.plan.key())
+        self._trials[number] = TrialRecord(number, "running", found.plan, proposal.seed, origin=found.origin)
 
     def _remember(self, number: int, values: list[float]) -> None:
         """Tell the sampler of a trial that it did not propose itself."""
@@ -320,16 +341,31 @@ class StudyStore:
                 continue
             plan = Plan.from_json(attributes["plan"])
             record = TrialRecord(
-                trial.number, "running", plan, attributes["seed"], origin=attributes.get("origin", "sampler")
+                trial.number,
+                "running",
+                plan,
+                attributes["seed"],
+                origin=attributes["origin"],
+                parent=attributes["parent"],
             )
             ended = trial.state.is_finished() and "result" in attributes
             self._trials[trial.number] = _with_result(record, attributes["result"]) if ended else record
             self._ids[trial.number] = trial._trial_id
 
 
+def trial_seed(seed: int, number: int) -> int:
+    """The seed of a trial, 0 to 2**31 - 1: different numbers and studies share none but by chance."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) >> 1
+
+
 def artifact_name(number: int) -> str:
     """The file name of a trial's artifact."""
     return f"trial-{number:04d}.acz"
+
+
+def artifact_path(study: str, number: int) -> str:
+    """Where a trial's artifact is, relative to the records folder."""
+    return f"studies/{study}/artifacts/{artifact_name(number)}"
 
 
 def _with_result(trial: TrialRecord, result: Mapping[str, Any]) -> TrialRecord:

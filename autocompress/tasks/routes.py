@@ -17,7 +17,7 @@ from typing import Protocol
 _TIMEOUT_S = 900
 
 
-class RouteFailed(Exception):  # noqa: N818, named like TrialFailed
+class RouteFailed(Exception):
     """A route that did not work on this machine; its text is one line."""
 
 

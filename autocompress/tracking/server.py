@@ -18,7 +18,8 @@ from types import FrameType
 from typing import IO
 
 from autocompress.errors import TrackingError, UsageError
-from autocompress.tracking.store import ENVIRONMENT, is_http, public
+from autocompress.record import without_password
+from autocompress.tracking.store import ENVIRONMENT, is_http
 
 HOST = "127.0.0.1"
 START_S, STOP_S = 120.0, 5.0
@@ -33,7 +34,7 @@ def serve(uri: str, artifact_root: Path | None, port: int, path: str, ready: Cal
     Ctrl-C (KeyboardInterrupt) and SIGTERM stop the server and all its processes.
     """
     if is_http(uri):
-        ready(path if is_http(path) else public(uri).rstrip("/") + path)
+        ready(path if is_http(path) else without_password(uri).rstrip("/") + path)
         return
     check_port(port)
     with tempfile.TemporaryFile() as log, _server(uri, artifact_root, port, log) as process:

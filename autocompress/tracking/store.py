@@ -9,8 +9,9 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from autocompress.record import without_password
 from autocompress.tracking import runs, view
 
 ENVIRONMENT = {
@@ -70,15 +71,7 @@ def one_line(error: BaseException) -> str:
     return runs.cut(re.sub(r"://[^/@\s]+@", "://", text), 300)
 
 
-def public(uri: str) -> str:
-    """The URI without a user name and password."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def home_url(uri: str, experiment_id: str) -> str:
     """The link to an experiment's view, as `Home.url` holds it."""
     path = view.view_path(experiment_id)
-    return public(uri).rstrip("/") + path if is_http(uri) else path
+    return without_password(uri).rstrip("/") + path if is_http(uri) else path

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from autocompress.errors import TrackingError
-from autocompress.record import StudyRecord, TrialRecord
+from autocompress.record import StudyRecord, TrialRecord, without_password
 from autocompress.tracking.mirror import Mirror
 from autocompress.tracking.runs import SETTLED
-from autocompress.tracking.store import Home, connect, is_http, one_line, public
+from autocompress.tracking.store import Home, connect, is_http, one_line
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 WriteFront = Callable[[StudyRecord, Path], Sequence[Path]]
@@ -214,7 +214,7 @@ class MlflowTracker:
             self._answered = time.monotonic()
 
     def _say(self, what: str) -> str:
-        return f"MLflow at {public(self._uri)}: {what}"
+        return f"MLflow at {without_password(self._uri)}: {what}"
 
 
 def sync(
@@ -228,7 +228,7 @@ def sync(
     settled = sum(trial.state in SETTLED for trial in record.trials)
     tracker.finish(record, "FINISHED" if settled >= record.asked else "KILLED")
     if tracker.problem is not None or tracker.home is None:
-        raise TrackingError(tracker.problem or f"MLflow at {public(uri)}: no answer")
+        raise TrackingError(tracker.problem or f"MLflow at {without_password(uri)}: no answer")
     return tracker.home
 
 

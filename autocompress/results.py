@@ -1,0 +1,230 @@
+"""A study's results: its Pareto front, the points on it, and choosing among them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from autocompress import report
+from autocompress.errors import ArtifactError, StudyError, UsageError
+from autocompress.folders import Records
+from autocompress.origins import load_origin
+from autocompress.plan import Plan
+from autocompress.record import StudyRecord, TrialRecord, parse_size
+from autocompress.search.study import StudyStore
+from autocompress.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Point:
+    """A member of the front. `metric_test` is None until the search has ended."""
+
+    trial: int
+    size_bytes: int
+    ratio: float
+    metric_val: float
+    metric_test: float | None
+    macs: int
+    plan: Plan
+    artifact: Path
+    _study: Study = field(repr=False, compare=False)
+    _sha256: str | None = field(default=None, repr=False, compare=False)
+
+    def model(self) -> nn.Module:
+        """The compressed model, in eval mode, as `autocompress.load` gives it."""
+        from autocompress.compress.artifact import load
+
+        self._check_file()
+        task = self._study.task
+        return load(self.artifact, model=None if task is None else task.model)
+
+    def export(self, out: str | Path, format: str = "onnx") -> dict[str, Any]:
+        """Write and verify a deployment ("onnx", "torch" or "archive") in the folder; its manifest.
+
+        Raises ExportError where it cannot be made or does not give the artifact's results.
+        """
+        from autocompress.deploy.export import export
+
+        self._check_file()
+        return export(self.artifact, self._study.required_task(), format, Path(out), self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What a manifest says of where the file came from."""
+        record = self._study.record
+        base = record.to_front_json()["baseline"]
+        return {
+            "study": record.study,
+            "task": record.task,
+            "trial": self.trial,
+            "plan": self.plan.to_json()["layers"],
+            "recipe": self.plan.recipe.to_json(),
+            "metric": record.metric,
+            "direction": record.direction,
+            "size_bytes": self.size_bytes,
+            "metric_val": self.metric_val,
+            "metric_test": self.metric_test,
+            "baseline": base,
+            "seed": record.seed,
+            "command": record.command,
+            "versions": dict(record.versions),
+        }
+
+    def _check_file(self) -> None:
+        """Raise ArtifactError unless the file is there and is the one that was measured."""
+        try:
+            digest = hashlib.sha256(self.artifact.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ArtifactError(
+                f"artifact {str(self.artifact)!r} of trial {self.trial} cannot be read: {error.strerror}"
+            ) from error
+        if self._sha256 is not None and digest != self._sha256:
+            raise ArtifactError(
+                f"artifact {str(self.artifact)!r} of trial {self.trial} is not the file that was measured"
+            )
+
+
+@dataclass(frozen=True)
+class Front(Sequence[Point]):
+    """The Pareto front by rising size."""
+
+    points: tuple[Point, ...]
+    record: StudyRecord = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @overload
+    def __getitem__(self, index: int) -> Point: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Point, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Point | tuple[Point, ...]:
+        return self.points[index]
+
+    def smallest(self, max_drop: str | float | None = None, max_size: str | int | None = None) -> Point:
+        """The smallest point within the limits on validation data.
+
+        `max_drop`: how much worse than the baseline, in the metric's units (0.01) or as "1%".
+        Raises UsageError that names the nearest point where none is within them.
+        """
+        return self._one(pick(self.record, max_drop=max_drop, max_size=max_size, choice="smallest"))
+
+    def best(self, max_size: str | int | None = None) -> Point:
+        """The point with the best validation metric, among those within the size limit."""
+        return self._one(pick(self.record, max_size=max_size, choice="best"))
+
+    def knee(self) -> Point:
+        """The point where the front bends most, sizes on a logarithmic scale."""
+        return self._one(self.record.knee())
+
+    def _one(self, trial: TrialRecord) -> Point:
+        return next(p for p in self.points if p.trial == trial.number)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study on disk. `origin` is where its task comes from, None for one begun with a `Task` object."""
+
+    record: StudyRecord
+    records: Records
+    given: Task | None = None
+    origin: Mapping[str, str] | None = None
+
+    @cached_property
+    def task(self) -> Task | None:
+        """The study's task: the one given, else loaded again from its origin, else None."""
+        if self.given is not None or self.origin is None:
+            return self.given
+        return load_origin(self.origin)
+
+    def required_task(self) -> Task:
+        """The task. Raises StudyError where it is not at hand."""
+        if self.task is None:
+            raise StudyError(
+                f"study {self.name!r} was begun from Python with a Task object: give it as "
+                f"autocompress.open_study({self.name!r}, task=...)"
+            )
+        return self.task
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.record.study
+
+    @property
+    def front(self) -> Front:
+        """The Pareto front of size and validation metric."""
+        return Front(tuple(self.point(t) for t in self.record.front), self.record)
+
+    def point(self, trial: TrialRecord) -> Point:
+        """A finished trial whose artifact is kept, as a point."""
+        best, artifact = trial.best, trial.artifact
+        if best is None or artifact is None:
+            raise UsageError(f"trial {trial.number} of {self.name!r} is not on the front: no file of it is kept")
+        return Point(
+            trial=trial.number,
+            size_bytes=best.size_bytes,
+            ratio=self.record.ratio(trial),
+            metric_val=best.metric_val,
+            metric_test=trial.metric_test,
+            macs=best.macs,
+            plan=trial.plan,
+            artifact=self.records.root / artifact,
+            _study=self,
+            _sha256=trial.sha256,
+        )
+
+
+def pick(
+    record: StudyRecord,
+    *,
+    max_drop: str | float | None = None,
+    max_size: str | int | None = None,
+    choice: str = "smallest",
+) -> TrialRecord:
+    """The front's member that a choice means: knee, smallest, best, or trial=N, within the limits.
+
+    Raises UsageError for an unknown choice, and where no member is within the limits (it names the nearest).
+    """
+    if choice.startswith("trial="):
+        number = choice.removeprefix("trial=")
+        members = {str(t.number): t for t in (*record.front, *([record.baseline] if record.baseline else []))}
+        if number not in members:
+            raise UsageError(f"pick is {choice!r}, allowed: trials on the front: {', '.join(sorted(members, key=int))}")
+        return members[number]
+    if choice not in ("knee", "smallest", "best"):
+        raise UsageError(f"pick is {choice!r}, allowed: knee, smallest, best, trial=N")
+    drop = record.metric_limit(max_drop)
+    size = None if max_size is None else parse_size(max_size)
+    inside = record.within(drop, size)
+    if not inside:
+        near = record.nearest(drop, size)
+        limits = [f"max-drop {max_drop}" if max_drop is not None else "", f"max-size {max_size}" if max_size else ""]
+        wanted = " and ".join(filter(None, limits))
+        raise UsageError(f"no plan is within {wanted}; the nearest is {report.trial_summary(record, near)}")
+    if choice == "knee" and drop is None and size is None:
+        return record.knee()
+    if choice == "knee":
+        return replace(record, trials=inside).knee()
+    return inside[-1] if choice == "best" else inside[0]
+
+
+def records_of(records: Records, store: StudyStore) -> StudyRecord:
+    """The study's record, artifacts relative to the records folder, None where the file is not there."""
+    record = store.record()
+
+    def placed(trial: TrialRecord) -> TrialRecord:
+        if trial.artifact is None:
+            return trial
+        path = records.artifact(record.study, trial.artifact)
+        return replace(trial, artifact=records.relative(path) if path.is_file() else None)
+
+    return replace(record, trials=tuple(placed(t) for t in record.trials))
