@@ -49,10 +49,6 @@ class Records:
         """An artifact's path."""
         return self.folder(study) / "artifacts" / name
 
-    def relative(self, path: Path) -> str:
-        """A path relative to the records folder, with forward slashes."""
-        return path.relative_to(self.root).as_posix()
-
     @property
     def mlflow_artifacts(self) -> Path:
         """Where MLflow's files go for a local store."""

@@ -218,13 +218,10 @@ def pick(
 
 
 def records_of(records: Records, store: StudyStore) -> StudyRecord:
-    """The study's record, artifacts relative to the records folder, None where the file is not there."""
+    """The study's record, with no `artifact` where the file is not there."""
     record = store.record()
-
-    def placed(trial: TrialRecord) -> TrialRecord:
-        if trial.artifact is None:
-            return trial
-        path = records.artifact(record.study, trial.artifact)
-        return replace(trial, artifact=records.relative(path) if path.is_file() else None)
-
-    return replace(record, trials=tuple(placed(t) for t in record.trials))
+    trials = (
+        t if t.artifact is None or (records.root / t.artifact).is_file() else replace(t, artifact=None)
+        for t in record.trials
+    )
+    return replace(record, trials=tuple(trials))

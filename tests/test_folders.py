@@ -59,6 +59,8 @@ def test_the_latest_is_the_one_last_used(tmp_path):
     assert records.names() == ["resumed", "new", "old"]
     assert records.existing(None) == "resumed"
     with records.lock("old"):
+        assert records.latest() == "resumed"
+        records.mark_used("old")
         assert records.latest() == "old"
 
 
@@ -66,10 +68,10 @@ def test_a_study_that_does_not_exist_is_told_with_those_that_do(tmp_path):
     records = Records(tmp_path)
     with pytest.raises(StudyError, match="no study in"):
         records.existing(None)
-    with pytest.raises(StudyError, match="'x' does not exist in .*; there is none"):
+    with pytest.raises(StudyError, match=r"'x' does not exist in .*; there is none"):
         records.existing("x")
     study(records, "mine")
-    with pytest.raises(StudyError, match="'x' does not exist in .*; there are: mine"):
+    with pytest.raises(StudyError, match=r"'x' does not exist in .*; there are: mine"):
         records.existing("x")
     with pytest.raises(UsageError, match="allowed: 1 to 100"):
         records.existing("../mine")
