@@ -10,6 +10,7 @@ import pytest
 
 from autocompress.errors import AutocompressError, StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.search.study import artifact_path
 
 
 def study(records: Records, name: str, age_s: float = 0.0, used_s: float | None = None) -> None:
@@ -89,11 +90,9 @@ def test_new_names_are_free_and_allowed(tmp_path):
     assert records.new_name("my task/a") == "my-task-a-1"
 
 
-def test_paths_are_relative_to_the_root(tmp_path):
-    records = Records(tmp_path)
-    path = records.artifact("s", "trial-0001.acz")
-    assert records.relative(path) == "studies/s/artifacts/trial-0001.acz"
-    assert records.root / records.relative(path) == path
+def test_artifacts_are_where_the_record_says(tmp_path):
+    assert Records(tmp_path).artifact("s", "trial-0001.acz") == tmp_path / artifact_path("s", 1)
+
 
 
 def test_one_process_holds_a_study_and_lets_go_however_it_ends(tmp_path):
