@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except RecursionError:
+        return _fail("a file is nested too deeply", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -314,8 +316,9 @@ def _plot(record: StudyRecord, path: Path) -> None:
 def _sync(options: argparse.Namespace) -> int:
     from autocompress import api
 
-    home = api.sync(options.study, dir=options.dir, tracking_uri=options.tracking_uri)
-    print(f"written to {home.tracking_uri}: {home.url}")
+    api.sync(options.study, dir=options.dir, tracking_uri=options.tracking_uri)
+    folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
+    print(f"written: {_link(api.open_study(options.study, dir=options.dir).record, folder)}")
     return 0
 
 

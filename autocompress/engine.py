@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -181,14 +182,15 @@ def _quiet_ray(cluster: Cluster) -> Iterator[Any]:
             if cluster.address:
                 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
             else:
-                ray.init(
-                    address="local",
-                    num_cpus=cluster.workers,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}},
-                )
+                with _new_sessions():
+                    ray.init(
+                        address="local",
+                        num_cpus=cluster.workers,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level="ERROR",
+                        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}},
+                    )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = cluster.address or "this machine"
             raise AutocompressError(f"Ray could not be started on {where}: {str(error).splitlines()[0]}") from error
@@ -197,6 +199,25 @@ def _quiet_ray(cluster: Cluster) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _new_sessions() -> Iterator[None]:
+    """Processes started in here get sessions of their own.
+
+    Ray's daemons then outlive a signal to our process group (Ctrl-C, `timeout`, a service manager)
+    until the driver has stopped cleanly; they still die with the driver, by its death signal.
+    """
+    original = subprocess.Popen.__init__
+
+    def start(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **{**options, "start_new_session": True})
+
+    subprocess.Popen.__init__ = start  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        subprocess.Popen.__init__ = original  # type: ignore[method-assign]
 
 
 def _gpu_share(ray: Any, cluster: Cluster) -> float:

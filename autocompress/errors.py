@@ -37,6 +37,10 @@ class StudyBusy(StudyError):
     """A study that another process is searching."""
 
 
+class RecordError(AutocompressError):
+    """A study's file that can no longer be read or written: a full disk, a failing one."""
+
+
 class ArtifactError(AutocompressError):
     """A compressed file that is damaged, hostile, or not for this model."""
 

@@ -146,6 +146,13 @@ def test_a_stream_for_another_shape_is_handled():
             decoded_or_refused(data, shape)
 
 
+def test_a_few_bytes_cannot_ask_for_long_work():
+    for classes, probabilities in ((1, bytes([128])), (1, bytes([254])), (1, bytes([16]))):
+        head = struct.pack("<HHB", 0, 1, classes) + probabilities + bytes([0, 255])
+        with pytest.raises(ArtifactError, match="4 bytes cannot hold 1073741824 symbols"):
+            entropy.decode(head + bytes(4), (32768, 32768))
+
+
 def test_decoding_takes_memory_in_proportion_to_the_elements():
     shape = (2000, 3000)
     data = entropy.encode(np.eye(*shape, dtype=int), 2)

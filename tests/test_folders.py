@@ -94,7 +94,6 @@ def test_artifacts_are_where_the_record_says(tmp_path):
     assert Records(tmp_path).artifact("s", "trial-0001.acz") == tmp_path / artifact_path("s", 1)
 
 
-
 def test_one_process_holds_a_study_and_lets_go_however_it_ends(tmp_path):
     records = Records(tmp_path)
     holder = subprocess.Popen(

@@ -139,7 +139,7 @@ def unpack(data: bytes, *, max_elements: int = MAX_ELEMENTS) -> Artifact:
     total = 0
     for entry in header.pop("tensors"):
         name, kind, dtype, shape, length, checksum = _check_entry(entry)
-        total += math.prod(shape)
+        total += math.prod(max(1, n) for n in shape)
         if total > max_elements:
             raise ArtifactError(f"artifact asks for {total} elements at {name!r}, allowed: {max_elements}")
         stream = data[position : position + length]

@@ -74,6 +74,9 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
         weights, position = _read_bytes(data, position, highest + 1)
         if (len(data) - position) % 4:
             raise ArtifactError("stream is damaged: its coded part is not a whole number of words")
+        least = sum(-r.size * c.size * math.log2(max(p, 1 - p)) for r, c, p in _groups(classes, probabilities))
+        if 0.9 * least / 8 > len(data) - position + 8:  # else a few bytes could ask for hours of decoding
+            raise ArtifactError(f"stream is damaged: {len(data) - position} bytes cannot hold {rows * columns} symbols")
         coder = _new_decoder(np.frombuffer(data, "<u4", offset=position).astype(np.uint32))
         mask = np.zeros((rows, columns), dtype=np.bool_)
         for r, c, probability in _groups(classes, probabilities):

@@ -109,6 +109,8 @@ def _named(path: str | Path) -> Iterator[None]:
     """Puts the file's name in front of what is wrong with it."""
     try:
         yield
+    except MemoryError:
+        raise ArtifactError(f"{path}: it asks for more memory than there is") from None
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -133,6 +135,10 @@ def _skeleton(
 
 
 def _filled(module: nn.Module, artifact: Artifact) -> nn.Module:
+    for key, target in unique_state(module).items():
+        found, wanted = artifact.tensors[key].dtype, str(target.dtype).removeprefix("torch.")
+        if found != wanted and not (found == "float16" and target.is_floating_point()):  # 16 bits of a wider weight
+            raise ArtifactError(f"{key!r} is {found} in the artifact, {wanted} in the given model")
     if any(tensor.is_meta for tensor in unique_state(module).values()):
         module = module.to_empty(device="cpu")
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # else other kernels, other last bits

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.errors import StudyError, UsageError
+from autocompress.errors import RecordError, StudyError, UsageError
 
 if TYPE_CHECKING:
     import optuna
@@ -33,9 +33,14 @@ def connect(file: Path, direction: str | None = None) -> tuple[optuna.Study, Eng
     import optuna
 
     def open_file() -> sqlite3.Connection:
-        connection = sqlite3.connect(file, timeout=30, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
+        try:
+            connection = sqlite3.connect(file, timeout=30, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+        except sqlite3.OperationalError:  # a folder that is read-only, or full: what is there can still be shown
+            if direction is not None:
+                raise
+            return _read_only(file)
         return connection
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -44,6 +49,18 @@ def connect(file: Path, direction: str | None = None) -> tuple[optuna.Study, Eng
         return optuna.load_study(study_name=STUDY_NAME, storage=storage), storage.engine
     study = optuna.create_study(study_name=STUDY_NAME, storage=storage, directions=directions(direction))
     return study, storage.engine
+
+
+def _read_only(file: Path) -> sqlite3.Connection:
+    """A connection that writes nothing, not even a lock. The first kind also sees what is in the WAL only."""
+    address = file.absolute().as_uri()
+    for options in ("mode=ro", "mode=ro&immutable=1"):
+        connection = sqlite3.connect(f"{address}?{options}", uri=True, check_same_thread=False)
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute("SELECT count(*) FROM studies").fetchone()
+            return connection
+        connection.close()
+    raise sqlite3.OperationalError("unable to open database file")
 
 
 def directions(direction: str) -> list[optuna.study.StudyDirection]:
@@ -71,6 +88,8 @@ def disk_errors(file: Path) -> Iterator[None]:
     except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, RuntimeError, KeyError) as error:
         cause = error.__cause__ or error
         text = str(getattr(cause, "orig", cause)).splitlines()[0]
+        if "disk is full" in text or "disk I/O" in text:  # no mistake of the user's
+            raise RecordError(f"study file {str(file)!r} cannot be written: {text}") from error
         raise StudyError(f"study file {str(file)!r} cannot be used: {text}") from error
     except OSError as error:
         raise UsageError(f"folder {str(file.parent)!r} cannot be used: {error.strerror or error}") from error

@@ -228,7 +228,8 @@ def sync(
     settled = sum(trial.state in SETTLED for trial in record.trials)
     tracker.finish(record, "FINISHED" if settled >= record.asked else "KILLED")
     if tracker.problem is not None or tracker.home is None:
-        raise TrackingError(tracker.problem or f"MLflow at {without_password(uri)}: no answer")
+        advice = "" if is_http(uri) else "; if the store's file is damaged, move it away and sync again"
+        raise TrackingError((tracker.problem or f"MLflow at {without_password(uri)}: no answer") + advice)
     return tracker.home
 
 
