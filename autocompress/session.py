@@ -95,9 +95,9 @@ class Session:
         return self._record
 
     def next(self) -> Job | None:
-        """The next trial; None when all are there, or the time is over."""
+        """The next trial; None when all are there, or the time is over (there is always time for the first)."""
         self.note_homes()
-        if self.late:
+        if self.late and self.record.trials:
             return None
         proposal = self.store.propose()
         if proposal is None:

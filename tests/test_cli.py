@@ -160,7 +160,7 @@ def test_bad_task_files(fail, work, text, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("model=nn.Flatten(0), loss=lambda o, t: o.sum()", ["no layer to compress"]),
+        ("model=nn.Flatten(0), loss=lambda o, t: o.sum(), metric=lambda o, t: 1.0", ["no layer to compress"]),
         ("model=3", ["model is 3, allowed: a torch.nn.Module"]),
         ("direction='up'", ["direction is 'up', allowed: 'maximize' or 'minimize'"]),
         ("train=()", ["train"]),

@@ -210,6 +210,15 @@ def test_after_the_deadline_nothing_begins_and_running_trials_end_at_their_next_
     assert made.record.asked == 100
 
 
+def test_there_is_always_time_for_the_baseline(tmp_path):
+    made = session(tmp_path, deadline=time.monotonic() - 1)
+    assert made.next().number == 0
+    assert made.next() is None
+    give(made, 0, (1000, 0.9))
+    assert made.next() is None
+    assert made.record.baseline is not None
+
+
 def test_a_last_rung_after_the_deadline_is_complete(tmp_path):
     made = session(tmp_path, deadline=time.monotonic() + 1000)
     made.next()
