@@ -61,7 +61,12 @@ def search(
     search early; what is finished is kept. The task's model is never changed. Raises TaskError,
     SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt when it is stopped.
     """
+    from autocompress import engine
+    from autocompress.search.samplers import check_sampler
+
     check_numbers(trials, seed, finetune_epochs)
+    engine.plan_cluster(workers, address)
+    check_sampler(sampler)
     budget = None if time_budget is None else parse_time(time_budget)
     origin = None
     if isinstance(task, str):
@@ -225,7 +230,7 @@ def _search(
             if left:
                 engine.run(task, session, cluster, left, settings.rungs)
             _note_tests(store, records, task, bench)
-            _say_if_exhausted(session, trials)
+            _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
 
 
@@ -246,9 +251,13 @@ def _claimed(records: Records, settings: Settings, chosen: bool) -> Iterator[Set
         settings = replace(settings, study=records.new_name(settings.task))
 
 
-def _say_if_exhausted(session: Session, trials: int) -> None:
-    there = len(session.record.trials)
-    if there < trials and not session.late:
+def _say_if_short(session: Session, trials: int) -> None:
+    record = session.record
+    there = sum(trial.state != "running" for trial in record.trials)
+    if there < trials and session.late:
+        how = f"autocompress resume {record.study}"
+        _log.warning("the time budget is spent: %d of %d trials are done; go on with: %s", there, trials, how)
+    elif there < trials:
         _log.warning("the search space holds no other plan: %d trials instead of %d", there, trials)
 
 

@@ -108,7 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     get.set_defaults(run=_data_get)
     _data_option(get)
     export = add("export", _export, "Write a plan of the front to a deployment.", _study_argument, _goal_options)
-    export.add_argument("--pick", default=None, metavar="WHICH", help="knee, smallest, best or trial=N (smallest)")
+    export.add_argument(
+        "--pick",
+        default=None,
+        metavar="WHICH",
+        help="knee, smallest, best or trial=N (limits: smallest, else knee)",
+    )
     export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx or torch (onnx)")
     export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
     return parser
@@ -234,7 +239,7 @@ def _run_search(options: argparse.Namespace, search: Callable[..., Any], trials:
         how = f"go on with: autocompress resume {names[0]}{folder}" if names else "nothing was started"
         return _fail(f"interrupted; what is finished is kept; {how}", 130)
     _print_end(console, study.record, options)
-    return 0 if study.record.front else _fail("every trial failed: there is no front", 1)
+    return 0 if study.record.front else _fail("no trial gave a result: there is no front", 1)
 
 
 def _print_end(console: Console, record: StudyRecord, options: argparse.Namespace) -> None:
@@ -247,6 +252,7 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
 
     folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
     console.print(report.front_table(record))
+    say(report.baseline_text(record))
     failed = [t for t in record.trials if t.state == "failed"]
     if failed:
         say(f"{len(failed)} trials failed; the first: trial {failed[0].number}: {failed[0].error}")
@@ -283,6 +289,7 @@ def _front(options: argparse.Namespace) -> int:
         return 0
     console = _console()
     console.print(report.front_table(record))
+    console.print(report.baseline_text(record), highlight=False, markup=False, soft_wrap=True)
     folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
     console.print(f"MLflow: {_link(record, folder)}", highlight=False, markup=False, soft_wrap=True)
     if options.plot:

@@ -14,11 +14,13 @@ from autocompress.search.space import Space, ladder
 from autocompress.tasks.batches import evaluate
 from autocompress.trial import Workbench
 
-STARTUP_SECONDS = 12.0
+STARTUP_SECONDS = 18.0
 """Ray's start, and torch imported once in each worker."""
 WORKER_BYTES = 220e6
 """What a worker process holds beside what this process holds too."""
 RAY_BYTES = 450e6
+_CONTENTION = 1.25
+"""How much longer a step takes when all cores are busy: caches and memory are shared, and the driver works too."""
 _WARM, _TIMED = 2, 6
 
 
@@ -91,7 +93,7 @@ def preflight(
     recipe_epochs = space.plan(space.clip({k.name: k.at(0.5) for k in space.knobs}), epochs).recipe.epochs
     full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
     early = max(0, trials - uniform_steps(trials) - 1)
-    work = full * (trials - 0.35 * early)
+    work = full * (trials - 0.35 * early) * (_CONTENTION if workers > 1 else 1.0)
     seconds = (STARTUP_SECONDS if startup else 0.0) + work / min(workers, max(1, trials)) + fixed * 8
     return Preflight(
         coverage=rows,

@@ -90,6 +90,15 @@ def trial_summary(record: StudyRecord, trial: TrialRecord) -> str:
     return f"trial {trial.number}: " + ", ".join(part for part in parts if part)
 
 
+def baseline_text(record: StudyRecord) -> str:
+    """The uncompressed model on one line."""
+    base = record.baseline
+    if base is None or base.best is None:
+        return f"baseline  {human_bytes(record.baseline_bytes)} of float32, not measured yet"
+    val, test = metric_text(base.best.metric_val), metric_text(base.metric_test)
+    return f"baseline  {human_bytes(record.baseline_bytes)} of float32, {record.metric} {val} (test {test})"
+
+
 def front_table(record: StudyRecord) -> Table:
     """The front for the terminal, smallest first; the points worth naming carry their names."""
     from rich.box import SIMPLE_HEAD

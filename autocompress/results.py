@@ -199,6 +199,8 @@ def pick(
         members = {str(t.number): t for t in (*record.front, *([record.baseline] if record.baseline else []))}
         if number not in members:
             raise UsageError(f"pick is {choice!r}, allowed: trials on the front: {', '.join(sorted(members, key=int))}")
+        if max_drop is not None or max_size is not None:
+            raise UsageError(f"pick is {choice!r}, allowed with max-drop and max-size: knee, smallest, best")
         return members[number]
     if choice not in ("knee", "smallest", "best"):
         raise UsageError(f"pick is {choice!r}, allowed: knee, smallest, best, trial=N")

@@ -34,6 +34,8 @@ def human_time(seconds: float) -> str:
 
 def preflight_lines(name: str, found: Preflight) -> list[str]:
     """The preflight in a few lines."""
+    if not found.trials:
+        return [f"study {name}: all its trials are done; raise --trials for more"]
     plans = "unlimited plans (some knobs are real numbers)" if math.isinf(found.plans) else f"{found.plans:.3g} plans"
     return [
         f"study {name}: {found.trials} trials to run, {found.workers} at a time with {found.threads} "
@@ -100,7 +102,7 @@ class Board:
         self._began = time.monotonic()
         self._rows: dict[int, str] = {}
         self._ended: list[TrialRecord] = []
-        self._first_done = 0
+        self._first_done = 0.0
         self._record: StudyRecord | None = None
 
     def __enter__(self) -> Board:
@@ -109,6 +111,8 @@ class Board:
 
             self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2, transient=True)
             self.live.start()
+        else:
+            self.console.print("starting workers", highlight=False)
         return self
 
     def __exit__(self, *problem: object) -> None:
@@ -128,6 +132,7 @@ class Board:
         """A trial is over."""
         self._rows.pop(trial.number, None)
         self._ended.append(trial)
+        self._first_done = self._first_done or time.monotonic()
         self._record = record
         if self.live is None:
             self.console.print(self._line(trial, record), highlight=False, markup=False, soft_wrap=True)
@@ -146,10 +151,10 @@ class Board:
         )
 
     def _left(self, done: int) -> str:
-        mine = len(self._ended)
+        mine = len(self._ended) - 1
         if mine < 2 or done >= self.trials:
             return ""
-        rate = (time.monotonic() - self._began) / mine
+        rate = (time.monotonic() - self._first_done) / mine  # not from the start, when workers were still starting
         return f", {human_time(rate * (self.trials - done))} left"
 
     def _render(self) -> RenderableType:

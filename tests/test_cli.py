@@ -400,7 +400,7 @@ def test_a_search_in_which_nothing_works_has_failed(work, local, monkeypatch, ca
 
     monkeypatch.setattr("autocompress.engine.run", never)
     assert cli.main(search("--trials", "3")) == 1
-    assert "autocompress: every trial failed" in capsys.readouterr().err
+    assert "autocompress: no trial gave a result" in capsys.readouterr().err
 
 
 def test_an_interrupted_search_prints_how_to_go_on(work, local, monkeypatch, fail, done):  # noqa: F811
