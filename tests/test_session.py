@@ -179,14 +179,15 @@ def test_plans_of_the_ladder_are_never_stopped_and_sampled_ones_are(tmp_path):
     made = session(tmp_path, steps=4)
     jobs = [made.next() for _ in range(30)]
     origins = {t.number: t.origin for t in made.record.trials}
-    decisions = {j.number: give(made, j.number, (100 + j.number, 0.5), (100 + j.number, 0.5), (90, 0.6)) for j in jobs}
+    sizes = {job.number: 200 - job.number for job in jobs}  # given last to first: each is worse than those before
+    decisions = {n: give(made, n, (sizes[n], 0.5), (sizes[n], 0.5), (90, 0.4)) for n in sorted(sizes, reverse=True)}
     stopped = {number for number, given in decisions.items() if Decision.STOP in given}
     assert {origins[n] for n in stopped} == {"sampler"}
     assert len(stopped) > 10
     record = made.record
     assert {t.number for t in record.trials if t.state == "stopped"} == stopped
     assert all(len(given) == 2 for n, given in decisions.items() if n in stopped)  # not at rung 0
-    assert all(record.trials[n].best.size_bytes == 100 + n for n in stopped)
+    assert all(record.trials[n].best.size_bytes == sizes[n] for n in stopped)
 
 
 def test_a_stopped_trial_that_may_be_on_the_front_keeps_its_file(tmp_path):

@@ -1,8 +1,8 @@
 """Multi-objective asynchronous successive halving.
 
 Schmucker et al. 2021, arXiv 2106.12639: at each rung a trial is ranked by non-dominated sorting
-among all that reached it; the best 1 / eta go on. Here the members of the rung's front always go
-on, since each may be on the final front.
+among all that reached it; the best 1 / eta go on. Of equal rank all or none do, so that the members
+of the rung's front, each of which may be on the final front, always go on.
 """
 
 from __future__ import annotations
@@ -40,5 +40,4 @@ class Rungs:
         ranks = pareto.nondominated_rank([reached[n] for n in numbers])
         mine = int(ranks[numbers.index(trial)])
         better = int((ranks < mine).sum())
-        goes_on = mine == 0 or better < math.ceil(len(numbers) / self.eta)
-        return Decision.CONTINUE if goes_on else Decision.STOP
+        return Decision.CONTINUE if better < math.ceil(len(numbers) / self.eta) else Decision.STOP
