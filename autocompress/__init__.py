@@ -9,6 +9,8 @@ Importing the package is fast: torch, Ray, Optuna and MLflow are loaded by what 
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -45,11 +47,20 @@ if TYPE_CHECKING:
     from autocompress.trial import run_trial as run_trial
 
 
+class _CallablePackage(ModuleType):
+    """`autocompress.search` is a package and the function of the public API; Python has one attribute for both."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """`autocompress.api.search`."""
+        return import_module("autocompress.api").search(*arguments, **options)
+
+
+import_module("autocompress.search").__class__ = _CallablePackage
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autocompress' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES[name]), name)
 
 

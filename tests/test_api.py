@@ -105,3 +105,15 @@ def test_readme_task_is_a_task(tmp_path):
         [sys.executable, "-c", code, f"{file}:task"], capture_output=True, text=True, check=True, env=os.environ
     )
     assert run.stdout.split() == ["regression", "minimize"]
+
+
+def test_search_is_callable_whatever_was_imported_before():
+    """The package `autocompress.search` and the function have one name."""
+    code = (
+        "import autocompress as ac, autocompress.search.study, autocompress.search as s\n"
+        "for call in (ac.search, s):\n"
+        "    try: call('no-such-task')\n"
+        "    except ac.AutocompressError as error: print('no-such-task' in str(error))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True"]
