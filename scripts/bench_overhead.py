@@ -37,7 +37,7 @@ from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
 from autocompress.session import Session, Silent
 from autocompress.tasks.task import Task
-from autocompress.tracking import MlflowTracker, default_uri
+from autocompress.tracking import MlflowTracker, NullTracker, default_uri
 from autocompress.trial import Budget, Outcome, Workbench
 
 KNOBS_A_LAYER = 3
@@ -119,37 +119,60 @@ def no_work(bench: Workbench, plan: Plan, budget: Budget, seed: int) -> Iterator
 
 
 def ours(knobs: int, sampler: str, trials: int, workers: int, rungs: int) -> Cost:
-    task = toy_task(knobs // KNOBS_A_LAYER)
-    bench = Workbench(task)
-    space = load_space(SPACE, bench.layers)
-    assert len(space.knobs) == knobs
+    """A search as it is, with trials that do nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        records = Records(Path(folder))
-        steps = ladder(space, bench.layers, 10)
-        shares = tuple((step + 1) / rungs for step in range(rungs))
-        store = StudyStore.create(records.file("toy"), _settings(task, bench, space, sampler, shares))
-        store.begin(space, steps, trials, workers)
-        tracker = MlflowTracker(
-            default_uri(records.root),
-            artifact_root=records.mlflow_artifacts,
+        task, session = _session(Path(folder), knobs, sampler, trials=trials, workers=workers, rungs=rungs)
+        tracker = session.tracker = MlflowTracker(
+            default_uri(session.records.root),
+            artifact_root=session.records.mlflow_artifacts,
             write_front=lambda record, where: [],
             describe=lambda record: "",
         )
-        watch = Stopwatch()
-        session = Session(store, records, watch, tracker=tracker)
         tracker.start(session.record)
         while tracker.home is None and tracker.problem is None:
             time.sleep(0.05)
+        shares = session.store.settings.rungs
         engine.run(task, session, engine.plan_cluster(workers), trials, shares, trial=no_work)
         began = time.perf_counter()
         tracker.finish(session.record, "FINISHED")
         recorded = time.perf_counter() - began
         if tracker.problem is not None:
             raise SystemExit(tracker.problem)
-        record = store.record()
+        record = session.store.record()
         assert record.count("complete") + record.count("stopped") == trials
     named = f"autocompress, {sampler}" + (f", {rungs} rungs" if rungs > 1 else "")
-    return watch.clock.cost(named, knobs, recorded)
+    return _clock(session).cost(named, knobs, recorded)
+
+
+def study_alone(knobs: int, sampler: str, trials: int) -> Cost:
+    """The sampler, the study on disk and the artifacts of a search, without Ray and MLflow."""
+    with tempfile.TemporaryDirectory() as folder:
+        task, session = _session(Path(folder), knobs, sampler, trials=trials)
+        bench, budget = Workbench(task), Budget(session.store.settings.rungs)
+        while (job := session.next()) is not None:
+            for outcome in no_work(bench, job.plan, budget, job.seed):
+                session.measured(job.number, outcome.measurement, outcome.artifact, True)
+            session.ended(job.number, None)
+    return _clock(session).cost(f"autocompress, {sampler}, study alone", knobs)
+
+
+def _session(
+    folder: Path, knobs: int, sampler: str, *, trials: int, workers: int = 1, rungs: int = 1
+) -> tuple[Task, Session]:
+    task = toy_task(knobs // KNOBS_A_LAYER)
+    bench = Workbench(task)
+    space = load_space(SPACE, bench.layers)
+    assert len(space.knobs) == knobs
+    records = Records(folder)
+    shares = tuple((step + 1) / rungs for step in range(rungs))
+    store = StudyStore.create(records.file("toy"), _settings(task, bench, space, sampler, shares))
+    store.begin(space, ladder(space, bench.layers, 10), trials, workers)
+    return task, Session(store, records, Stopwatch(), tracker=NullTracker())
+
+
+def _clock(session: Session) -> Clock:
+    assert isinstance(session.listener, Stopwatch)
+    return session.listener.clock
 
 
 def _settings(task: Task, bench: Workbench, space: Space, sampler: str, rungs: tuple[float, ...]) -> Settings:
@@ -274,6 +297,7 @@ def main() -> None:
         if not options.only_ours:
             runs += [
                 lambda k=knobs: ours(k, options.samplers[0], trials, workers, 3),
+                lambda k=knobs: study_alone(k, options.samplers[0], trials),
                 lambda k=knobs: plain_optuna(k, options.samplers[0], trials, disk=False),
                 lambda k=knobs: plain_optuna(k, None, trials, disk=True),
                 lambda k=knobs: bare_tune(k, trials, workers),

@@ -219,8 +219,9 @@ class StudyStore:
     def record(self) -> StudyRecord:
         """The study as it is now. `artifact` of the front's members and trial 0 is relative to the records folder."""
         s = self.settings
-        trials = tuple(self._trials[n] for n in sorted(self._trials))
-        trials = tuple(replace(t, metric_test=self._tests.get(str(t.number))) for t in trials)
+        trials = dict(sorted(self._trials.items()))
+        for tested, metric in self._tests.items():
+            trials[int(tested)] = replace(trials[int(tested)], metric_test=metric)
         record = StudyRecord(
             study=s.study,
             task=s.task,
@@ -229,7 +230,7 @@ class StudyStore:
             seed=s.seed,
             baseline_bytes=s.baseline_bytes,
             layers=s.layers,
-            trials=trials,
+            trials=tuple(trials.values()),
             asked=self.asked,
             command=s.command,
             created=s.created,
@@ -242,12 +243,9 @@ class StudyStore:
             sampler=s.sampler,
             workers=self.workers,
         )
-        kept = {t.number for t in record.front} | {0}
-        trials = tuple(
-            replace(t, artifact=artifact_path(s.study, t.number)) if t.number in kept and t.best is not None else t
-            for t in trials
-        )
-        return replace(record, trials=trials)
+        for number in {*(t.number for t in record.front), *([0] if record.baseline else [])}:
+            trials[number] = replace(trials[number], artifact=artifact_path(s.study, number))
+        return replace(record, trials=tuple(trials.values()))
 
     def _best(self, measurements: Sequence[Measurement]) -> Measurement | None:
         sign = 1.0 if self.settings.direction == "minimize" else -1.0
