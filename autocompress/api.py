@@ -313,13 +313,7 @@ def sync(study: str | None = None, *, dir: str | Path | None = None, tracking_ur
     with records.lock(name):
         store = StudyStore.open(records.file(name))
         uri = tracking_uri or store.record().tracking_uri or tracking.default_uri(records.root)
-        home = tracking.sync(
-            records_of(records, store),
-            uri,
-            artifact_root=_artifact_root(records, uri),
-            write_front=report.write_front,
-            describe=report.describe,
-        )
+        home = tracking.sync(records_of(records, store), _target(records, uri))
         store.note_tracking(home.tracking_uri, home.experiment_id, home.run_id)
     return home
 
@@ -328,18 +322,20 @@ def _tracker(records: Records, uri: str | None, on_home: Callable[[Any], None]) 
     from autocompress import tracking
 
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(records.root)
-    return tracking.MlflowTracker(
-        chosen,
-        artifact_root=_artifact_root(records, chosen),
+    return tracking.MlflowTracker(_target(records, chosen), on_home=on_home)
+
+
+def _target(records: Records, uri: str) -> Any:
+    from autocompress.tracking import Target
+
+    is_server = uri.startswith(("http://", "https://"))
+    return Target(
+        uri,
+        artifact_root=None if is_server else records.mlflow_artifacts,
         write_front=report.write_front,
         write_live=partial(report.write_front, html=False),
         describe=report.describe,
-        on_home=on_home,
     )
-
-
-def _artifact_root(records: Records, uri: str) -> Path | None:
-    return None if uri.startswith(("http://", "https://")) else records.mlflow_artifacts
 
 
 def _same_study(old: Settings, new: Settings) -> None:

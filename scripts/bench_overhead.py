@@ -4,7 +4,8 @@
 
 Ours is the real path (StudyStore on SQLite, Session, engine.run on Ray, MlflowTracker on SQLite) with a trial that
 does nothing. Times are those of the steady state: from the first finished trial to the last, the tracker being
-connected before; "recorded" waits until MLflow holds every trial too. CPU is that of the driver process.
+connected before; "recorded" waits until MLflow holds every trial, the description and the front's figures too. CPU is
+that of the driver process (MLflow is written by a process of its own).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress import engine
+from autocompress import engine, report
 from autocompress.folders import Records
 from autocompress.plan import Measurement, Plan
 from autocompress.record import StudyRecord, TrialRecord
@@ -37,7 +38,7 @@ from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
 from autocompress.session import Session, Silent
 from autocompress.tasks.task import Task
-from autocompress.tracking import MlflowTracker, NullTracker, default_uri
+from autocompress.tracking import MlflowTracker, NullTracker, Target, default_uri
 from autocompress.trial import Budget, Outcome, Workbench
 
 KNOBS_A_LAYER = 3
@@ -123,10 +124,9 @@ def ours(knobs: int, sampler: str, trials: int, workers: int, rungs: int) -> Cos
     with tempfile.TemporaryDirectory() as folder:
         task, session = _session(Path(folder), knobs, sampler, trials=trials, workers=workers, rungs=rungs)
         tracker = session.tracker = MlflowTracker(
-            default_uri(session.records.root),
-            artifact_root=session.records.mlflow_artifacts,
-            write_front=lambda record, where: [],
-            describe=lambda record: "",
+            Target(
+                default_uri(session.records.root), session.records.mlflow_artifacts, report.write_front, report.describe
+            )
         )
         tracker.start(session.record)
         while tracker.home is None and tracker.problem is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -16,8 +18,9 @@ import pytest
 from autocompress.errors import TrackingError
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
 from autocompress.record import StudyRecord, TrialRecord
-from autocompress.tracking import Home, MlflowTracker, NullTracker, default_uri, sync
+from autocompress.tracking import Home, LocalWriter, MlflowTracker, NullTracker, Target, default_uri, sync
 from autocompress.tracking.curve import Curve
+from autocompress.tracking.process import ProcessWriter
 from autocompress.tracking.runs import layer_keys, trial_points
 from autocompress.tracking.view import read_view_tag, varied_knobs
 
@@ -106,9 +109,16 @@ def describe(record: StudyRecord) -> str:
     return f"**{record.study}**: {len(record.front)} on the front"
 
 
-def run_live(record: StudyRecord, uri: str, artifacts: Path | None, status: str = "FINISHED") -> MlflowTracker:
-    """Write a whole study as a search does: trial by trial, then the end."""
-    tracker = MlflowTracker(uri, artifact_root=artifacts, write_front=write_front, describe=describe)
+def target(uri: str, artifacts: Path | None) -> Target:
+    return Target(uri, artifacts, write_front, describe)
+
+
+def run_live(
+    record: StudyRecord, uri: str, artifacts: Path | None, status: str = "FINISHED", *, local: bool = True
+) -> MlflowTracker:
+    """Write a whole study as a search does: trial by trial, then the end. `local`: no process for it."""
+    goal = target(uri, artifacts)
+    tracker = MlflowTracker(goal, writer=LocalWriter(goal) if local else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autocompress.tracking.tracker.GATHER_S", 0.0)
         tracker.start(upto(record, 0))
@@ -151,7 +161,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 @pytest.fixture(scope="module")
 def live(store: tuple[str, Path]) -> tuple[StudyRecord, MlflowTracker]:
     record = synthetic_study(24, "live")
-    tracker = run_live(record, *store)
+    tracker = run_live(record, *store, local=False)
     assert tracker.problem is None
     return with_test_metrics(record), tracker
 
@@ -307,12 +317,11 @@ def test_a_rebuilt_store_equals_the_live_one_and_a_second_sync_changes_nothing(
     assert tracker.home is not None
     written = content(store[0], tracker.home)
     MlflowClient(tracking_uri=store[0]).delete_experiment(tracker.home.experiment_id)
-    keywords = {"artifact_root": store[1], "write_front": write_front, "describe": describe}
     lost = replace(record, run_id=tracker.home.run_id, experiment_id=tracker.home.experiment_id)
-    home = sync(lost, store[0], **keywords)  # type: ignore[arg-type]
+    home = sync(lost, target(*store))
     assert home.experiment_id != tracker.home.experiment_id
     assert content(store[0], home) == written
-    again = sync(lost, store[0], **keywords)  # type: ignore[arg-type]
+    again = sync(lost, target(*store))
     assert again == home
     assert content(store[0], home) == written
     MlflowClient(tracking_uri=store[0]).restore_experiment(tracker.home.experiment_id)
@@ -322,8 +331,7 @@ def test_sync_mends_what_is_missing_wrong_or_there_twice(store: tuple[str, Path]
     from mlflow import MlflowClient
 
     record = with_test_metrics(synthetic_study(8, "damaged"))
-    keywords = {"artifact_root": store[1], "write_front": write_front, "describe": describe}
-    home = sync(record, store[0], **keywords)  # type: ignore[arg-type]
+    home = sync(record, target(*store))
     good = content(store[0], home)
     client = MlflowClient(tracking_uri=store[0])
     runs = {
@@ -337,7 +345,7 @@ def test_sync_mends_what_is_missing_wrong_or_there_twice(store: tuple[str, Path]
     double = {"mlflow.parentRunId": home.run_id, "autocompress.role": "trial", "autocompress.trial": "2"}
     client.create_run(home.experiment_id, tags=double, run_name="twice")
     client.update_run(runs["trial 6"], "RUNNING")
-    sync(record, store[0], **keywords)  # type: ignore[arg-type]
+    sync(record, target(*store))
     assert content(store[0], home) == good
 
 
@@ -362,10 +370,9 @@ def test_an_experiment_of_another_study_or_a_deleted_one_is_passed_over(store: t
 
     client = MlflowClient(tracking_uri=store[0])
     client.delete_experiment(client.create_experiment("autocompress/shared"))
-    keywords = {"artifact_root": store[1], "write_front": write_front, "describe": describe}
     mine = synthetic_study(2, "shared")
     yours = replace(mine, created="2026-02-03T00:00:00+00:00")
-    homes = [sync(study, store[0], **keywords) for study in (mine, yours, mine, yours)]  # type: ignore[arg-type]
+    homes = [sync(study, target(*store)) for study in (mine, yours, mine, yours)]
     assert homes[0] == homes[2]
     assert homes[1] == homes[3]
     names = [client.get_experiment(home.experiment_id).name for home in homes[:2]]
@@ -375,9 +382,7 @@ def test_an_experiment_of_another_study_or_a_deleted_one_is_passed_over(store: t
 def test_home_is_told_once_from_the_thread(store: tuple[str, Path]) -> None:
     told: list[Home] = []
     record = synthetic_study(1, "told")
-    tracker = MlflowTracker(
-        store[0], artifact_root=store[1], write_front=write_front, describe=describe, on_home=told.append
-    )
+    tracker = MlflowTracker(target(*store), on_home=told.append)
     tracker.start(record)
     tracker.finish(record, "FAILED")
     assert told == [tracker.home]
@@ -393,7 +398,7 @@ def test_artifacts_that_are_refused_do_not_stop_the_runs(store: tuple[str, Path]
     assert "\n" not in tracker.problem
     assert tracker.home is not None
     blocked.unlink()
-    home = sync(record, store[0], artifact_root=None, write_front=write_front, describe=describe)
+    home = sync(record, target(store[0], None))
     found = content(store[0], home)
     assert all(run[5] == ["plan.json"] for name, run in found.items() if name != "refused")  # type: ignore[index]
 
@@ -410,7 +415,7 @@ def test_a_store_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("autocompress.tracking.tracker.FIRST_RETRY_S", 0.1)
     record = synthetic_study(3)
     uri = f"http://me:secret@127.0.0.1:{free_port()}"
-    tracker = MlflowTracker(uri, artifact_root=None, write_front=write_front, describe=describe)
+    tracker = MlflowTracker(target(uri, None))
     began = time.monotonic()
     tracker.start(record)
     tracker.log(record, record.trials[1])
@@ -421,7 +426,7 @@ def test_a_store_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -
     assert tracker.problem.startswith("MLflow at http://127.0.0.1:")
     assert "secret" not in tracker.problem
     with pytest.raises(TrackingError, match="MLflow at"):
-        sync(record, uri, artifact_root=None, write_front=write_front, describe=describe)
+        sync(record, target(uri, None))
 
 
 def test_a_server_that_never_answers_does_not_hang_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +436,7 @@ def test_a_server_that_never_answers_does_not_hang_the_end(monkeypatch: pytest.M
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        tracker = MlflowTracker(uri, artifact_root=None, write_front=write_front, describe=describe)
+        tracker = MlflowTracker(target(uri, None))
         tracker.start(record)
         tracker.finish(record, "FINISHED")
         assert tracker.problem == f"MLflow at {uri}: no answer in 0.5 s"
@@ -440,9 +445,9 @@ def test_a_server_that_never_answers_does_not_hang_the_end(monkeypatch: pytest.M
 def test_the_store_is_caught_up_with_when_it_comes_back(
     store: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autocompress.tracking import tracker as module
+    from autocompress.tracking import writer as module
 
-    monkeypatch.setattr(module, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr("autocompress.tracking.tracker.FIRST_RETRY_S", 0.05)
     connect, away = module.connect, [True]
 
     def flaky(uri: str) -> object:
@@ -452,7 +457,7 @@ def test_the_store_is_caught_up_with_when_it_comes_back(
 
     monkeypatch.setattr(module, "connect", flaky)
     record = synthetic_study(6, "flaky")
-    tracker = MlflowTracker(store[0], artifact_root=store[1], write_front=write_front, describe=describe)
+    tracker = MlflowTracker(target(*store), writer=LocalWriter(target(*store)))
     tracker.start(record)
     deadline = time.monotonic() + 5
     while tracker.problem is None and time.monotonic() < deadline:
@@ -464,6 +469,66 @@ def test_the_store_is_caught_up_with_when_it_comes_back(
     assert tracker.problem is None
     assert tracker.home is not None
     assert len(content(store[0], tracker.home)) == 7
+
+
+def ignore(busy: bool) -> None:
+    """Nobody watches the writer."""
+
+
+def test_a_writer_that_is_killed_is_begun_again(store: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocompress.tracking.tracker.GATHER_S", 0.0)
+    record = synthetic_study(9, "killed")
+    writer = ProcessWriter(target(*store))
+    tracker = MlflowTracker(target(*store), writer=writer)
+    tracker.start(upto(record, 4))
+    deadline = time.monotonic() + 60
+    while tracker.home is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim = writer.pid
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    tracker.finish(record, "FINISHED")
+    assert tracker.problem is None
+    assert tracker.home is not None
+    assert set(content(store[0], tracker.home)) == {"killed", *(f"trial {n}" for n in range(9))}
+
+
+def test_what_goes_wrong_in_the_writers_process_is_told(store: tuple[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    writer = ProcessWriter(target(default_uri(tmp_path), tmp_path / "artifacts"))
+    with pytest.raises(TrackingError, match="not a database"):
+        writer.open(synthetic_study(1), ignore)
+    victim = writer.pid
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(TrackingError, match=f"its writer, process {victim}, ended with -9"):
+        writer.write(synthetic_study(1), {}, None, ignore)
+    writer.close()
+    assert writer.pid is None
+    with pytest.raises(TrackingError, match="closed"):
+        writer.write(synthetic_study(1), {}, None, ignore)
+
+
+def test_the_writers_process_ends_with_its_driver(store: tuple[str, Path]) -> None:
+    writer = ProcessWriter(target(*store))
+    writer.open(synthetic_study(1, "orphan"), ignore)
+    child = writer._child
+    assert child is not None
+    child.process.stdin.close()  # type: ignore[union-attr]  # what the system does when a driver is killed
+    assert child.process.wait(5) == 0
+    writer.close()
+
+
+def test_only_new_and_changed_trials_travel_to_the_process(store: tuple[str, Path]) -> None:
+    record = synthetic_study(6, "news")
+    writer = ProcessWriter(target(*store))
+    writer.open(upto(record, 3), ignore)
+    changed = replace(record.trials[1], metric_test=0.25)
+    later = replace(record, trials=(record.trials[0], changed, *record.trials[2:]))
+    header, news = writer._news(later)
+    assert header.trials == ()
+    assert [trial.number for trial in news] == [1, 3, 4, 5]
+    writer.close()
 
 
 def test_the_curve_does_not_depend_on_the_order_of_arrival() -> None:

@@ -19,7 +19,7 @@ from test_tracking import run_live, synthetic_study, with_test_metrics
 
 from autocompress import report
 from autocompress.errors import UsageError
-from autocompress.tracking import Home, MlflowTracker, default_uri, serve
+from autocompress.tracking import Home, Target, default_uri, serve, sync
 from autocompress.tracking.server import check_port
 
 pytestmark = pytest.mark.ui
@@ -63,17 +63,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Home]:
     """A store with one study of 40 trials, written as a search writes it."""
     folder = tmp_path_factory.mktemp("ui")
     record = with_test_metrics(synthetic_study(TRIALS, "digits"))
-    tracker = MlflowTracker(
-        default_uri(folder),
-        artifact_root=folder / "artifacts",
-        write_front=report.write_front,
-        describe=report.describe,
-    )
-    tracker.start(record)
-    tracker.finish(record, "FINISHED")
-    assert tracker.problem is None
-    assert tracker.home is not None
-    return folder, tracker.home
+    target = Target(default_uri(folder), folder / "artifacts", report.write_front, report.describe)
+    return folder, sync(record, target)
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from autocompress.errors import TrackingError
 from autocompress.record import StudyRecord, TrialRecord, without_password
-from autocompress.tracking.mirror import Mirror
+from autocompress.tracking.process import ProcessWriter
 from autocompress.tracking.runs import SETTLED
-from autocompress.tracking.store import Home, connect, is_http, one_line
+from autocompress.tracking.store import Home, is_http, one_line
+from autocompress.tracking.writer import LocalWriter, Status, Target, Writer
 
-Status = Literal["FINISHED", "KILLED", "FAILED"]
-WriteFront = Callable[[StudyRecord, Path], Sequence[Path]]
-Describe = Callable[[StudyRecord], str]
-
-FRONT_EVERY_S = 60.0
-"""How often the front's figures are written while the study runs."""
 GATHER_S = 1.0
 """How long trials are gathered between two writes: flags and hypervolumes then cost less."""
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
@@ -58,27 +51,18 @@ class NullTracker:
 class MlflowTracker:
     """Keeps a MLflow store up to the newest record, in one thread of its own.
 
-    The thread always works on the newest record and writes what the store lacks, so a store
-    that was away is caught up with as soon as it answers again. `artifact_root` is where the
-    artifacts of a database store go (None: the server's own default). `write_front` writes the
-    front's files into a folder at the end, `write_live` those that are written while the study
-    runs (None: none). `on_home` is called from the thread once the parent run is known.
+    The thread always hands the newest record to its writer, which writes what the store lacks,
+    so a store that was away is caught up with as soon as it answers again. The writer is a
+    process of its own unless another one is given. `on_home` is called from the thread once the
+    parent run is known.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        *,
-        artifact_root: Path | None,
-        write_front: WriteFront,
-        describe: Describe,
-        on_home: Callable[[Home], None] | None = None,
-        write_live: WriteFront | None = None,
-    ):
-        self._uri, self._artifact_root = uri, artifact_root
-        self._write_front, self._write_live, self._describe, self._on_home = write_front, write_live, describe, on_home
+    def __init__(self, target: Target, *, on_home: Callable[[Home], None] | None = None, writer: Writer | None = None):
+        self._uri, self._on_home = target.uri, on_home
+        self._writer = writer or ProcessWriter(target)
         self._wake = threading.Condition()
         self._newest: StudyRecord | None = None
+        self._written: StudyRecord | None = None
         self._ending: Status | None = None
         self._ended: dict[int, float] = {}
         self._home: Home | None = None
@@ -86,8 +70,6 @@ class MlflowTracker:
         self._thread: threading.Thread | None = None
         self._answered = time.monotonic()
         self._given_up = threading.Event()
-        self._written: StudyRecord | None = None
-        self._front_written = time.monotonic()
 
     @property
     def home(self) -> Home | None:
@@ -124,7 +106,8 @@ class MlflowTracker:
             if time.monotonic() - max(began, self._answered) > patience:
                 self._given_up.set()
                 self._problem = self._say(f"no answer in {patience:g} s")
-                return
+                break
+        self._writer.close()
 
     def _post(self, record: StudyRecord, status: Status | None = None) -> None:
         with self._wake:
@@ -135,17 +118,18 @@ class MlflowTracker:
             self._wake.notify()
 
     def _follow(self) -> None:
-        mirror: Mirror | None = None
-        delay, failures = FIRST_RETRY_S, 0
+        opened, delay, failures = False, FIRST_RETRY_S, 0
         while not self._given_up.is_set():
             with self._wake:
                 self._wake.wait_for(lambda: self._newest is not self._written or self._ending is not None)
                 record, status = self._newest, self._ending
             assert record is not None
             try:
-                mirror = mirror or self._open(record)
-                self._write(mirror, record, status)
-                self._problem = self._say(mirror.artifact_problem) if mirror.artifact_problem else None
+                if not opened:
+                    self._tell(self._writer.open(record, self._progress))
+                    opened = True
+                refused = self._writer.write(record, dict(self._ended), status, self._progress)
+                self._problem = self._say(refused) if refused else None
                 self._written, delay, failures = record, FIRST_RETRY_S, 0
                 if status is not None:
                     return
@@ -154,7 +138,7 @@ class MlflowTracker:
                 if self._given_up.is_set():
                     return
                 self._problem = self._say(one_line(error))
-                mirror, failures = None, failures + 1 if status is not None else 0
+                opened, failures = False, failures + 1 if status is not None else 0
                 if failures >= LAST_ATTEMPTS:
                     return
                 if status is None:
@@ -168,66 +152,31 @@ class MlflowTracker:
         with self._wake:
             self._wake.wait_for(lambda: self._ending is not None, timeout=seconds)
 
-    def _open(self, record: StudyRecord) -> Mirror:
-        with self._own_work():
-            client = connect(self._uri)
-        mirror = Mirror(client, self._uri, record, self._artifact_root, self._alive)
-        if self._home != mirror.home:
-            self._home = mirror.home
+    def _tell(self, home: Home) -> None:
+        if self._home != home:
+            self._home = home
             if self._on_home is not None:
-                self._on_home(mirror.home)
-        return mirror
+                self._on_home(home)
 
-    def _write(self, mirror: Mirror, record: StudyRecord, status: Status | None) -> None:
-        mirror.update(record, self._ended, final=status is not None)
-        if status is not None:
-            self._write_end(mirror, record, status)
-        elif self._write_live and time.monotonic() - self._front_written > FRONT_EVERY_S:
-            self._write_files(mirror, record, self._write_live)
-            self._front_written = time.monotonic()
-
-    def _write_end(self, mirror: Mirror, record: StudyRecord, status: Status) -> None:
-        try:
-            mirror.describe(record, self._describe(record))
-            self._write_files(mirror, record, self._write_front)
-        finally:
-            mirror.end(status)
-
-    def _write_files(self, mirror: Mirror, record: StudyRecord, write: WriteFront) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            with self._own_work():
-                files = write(record, Path(folder))
-            mirror.write_artifacts(files, "front")
-
-    def _alive(self) -> None:
+    def _progress(self, busy: bool) -> None:
         if self._given_up.is_set():
             raise TrackingError("given up")
-        self._answered = time.monotonic()
-
-    @contextmanager
-    def _own_work(self) -> Iterator[None]:
-        """Work that takes its time without the store being at fault."""
-        self._answered = math.inf
-        try:
-            yield
-        finally:
-            self._answered = time.monotonic()
+        self._answered = math.inf if busy else time.monotonic()
 
     def _say(self, what: str) -> str:
         return f"MLflow at {without_password(self._uri)}: {what}"
 
 
-def sync(
-    record: StudyRecord, uri: str, *, artifact_root: Path | None, write_front: WriteFront, describe: Describe
-) -> Home:
+def sync(record: StudyRecord, target: Target) -> Home:
     """Bring a MLflow store up to the record: create what is missing, correct what differs.
 
     Raises TrackingError where the store cannot be reached or refuses something.
     """
-    tracker = MlflowTracker(uri, artifact_root=artifact_root, write_front=write_front, describe=describe)
+    tracker = MlflowTracker(target, writer=LocalWriter(target))
     settled = sum(trial.state in SETTLED for trial in record.trials)
     tracker.finish(record, "FINISHED" if settled >= record.asked else "KILLED")
     if tracker.problem is not None or tracker.home is None:
+        uri = target.uri
         advice = "" if is_http(uri) else "; if the store's file is damaged, move it away and sync again"
         raise TrackingError((tracker.problem or f"MLflow at {without_password(uri)}: no answer") + advice)
     return tracker.home
