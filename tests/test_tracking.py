@@ -189,6 +189,11 @@ def test_a_plain_client_finds_each_trial(live: tuple[StudyRecord, MlflowTracker]
             if trial.number != 0:
                 share = 1.0 if layer.rank is None else layer.rank / min(LAYERS_MATRIX[name])
                 assert float(run.data.params[f"{name}.rank_share"]) == pytest.approx(share, rel=1e-3)
+        bits = {name: layer.bits for name, layer in trial.plan.layers.items()}
+        weighted = sum(bits[name] * math.prod(LAYERS_MATRIX[name]) for name in bits)
+        mean = weighted / sum(map(math.prod, LAYERS_MATRIX.values()))
+        assert ("mean_bits" in run.data.params) == (trial.number != 0)
+        assert float(run.data.params.get("mean_bits", mean)) == pytest.approx(mean, rel=1e-3)
         assert float(run.data.params["recipe.learning_rate"]) == trial.plan.recipe.learning_rate
         plan = json.loads(Path(client.download_artifacts(run.info.run_id, "plan.json")).read_text())
         assert Plan.from_json(plan) == trial.plan
@@ -304,8 +309,8 @@ def test_the_saved_view_is_in_the_experiment(live: tuple[StudyRecord, MlflowTrac
     scatter = state["compareRunCharts"][0]
     assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("size_bytes", "metric_val")
     parallel = next(chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL")
-    assert parallel["selectedParams"] == varied_knobs(record)
-    assert 1 < len(parallel["selectedParams"]) <= 8
+    assert parallel["selectedParams"] == ["mean_bits", *varied_knobs(record)]
+    assert 2 < len(parallel["selectedParams"]) <= 9
 
 
 def test_a_rebuilt_store_equals_the_live_one_and_a_second_sync_changes_nothing(

@@ -14,6 +14,7 @@ from autocompress.plan import LayerPlan, LayerSpec, Measurement
 from autocompress.record import StudyRecord, TrialRecord
 
 SETTLED = ("complete", "stopped", "failed")
+MEAN_BITS = "mean_bits"
 TAG_LIMIT = 5000
 """Longest tag value, in characters, that every MLflow server takes."""
 
@@ -72,7 +73,8 @@ def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, str]:
 
     Where a layer can be factored, LAYER.rank_share says the same as LAYER.rank in numbers alone
     (1.0 is full): MLflow's parallel coordinates drop every run whose value is a word among
-    numbers. Trial 0, which would stretch every axis, has none and so stays out of that chart.
+    numbers. `mean_bits` is the mean bit-width of the weights. Trial 0, which would stretch every
+    axis, has neither and so stays out of that chart.
     """
     specs = {spec.name: spec for spec in record.layers}
     params: dict[str, str] = {}
@@ -83,7 +85,15 @@ def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, str]:
         params[f"{key}.threshold"] = str(layer.threshold)
         if trial.number != 0 and name in specs and (share := rank_share(specs[name], layer)) is not None:
             params[f"{key}.rank_share"] = f"{share:.4g}"
+    if trial.number != 0 and trial.plan.layers and trial.plan.layers.keys() <= specs.keys():
+        params[MEAN_BITS] = f"{mean_bits(specs, trial.plan.layers):.4g}"
     return params | {f"recipe.{key}": str(value) for key, value in trial.plan.recipe.to_json().items()}
+
+
+def mean_bits(specs: Mapping[str, LayerSpec], layers: Mapping[str, LayerPlan]) -> float:
+    """The layers' bit-widths, weighted by their parameters."""
+    total = sum(specs[name].parameters for name in layers)
+    return sum(specs[name].parameters * layer.bits for name, layer in layers.items()) / total
 
 
 def rank_share(spec: LayerSpec, layer: LayerPlan) -> float | None:

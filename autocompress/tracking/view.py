@@ -13,13 +13,13 @@ import zlib
 from typing import Any
 
 from autocompress.record import StudyRecord
-from autocompress.tracking.runs import trial_params
+from autocompress.tracking.runs import MEAN_BITS, trial_params
 
 VIEW_ID = "autocompress"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_ID}"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 MOST_KNOBS = 8
-"""Axes of the parallel coordinates, beside the two metrics: more of them cannot be read."""
+"""Axes of the parallel coordinates, beside the mean bit-width and the two metrics: more cannot be read."""
 SECTION = "autocompress-front"
 
 
@@ -45,6 +45,7 @@ def read_view_tag(tag: str) -> dict[str, Any]:
 def view_state(record: StudyRecord) -> dict[str, Any]:
     """The page's state: trials only, the front's members first, scatters and parallel coordinates."""
     knobs = varied_knobs(record)
+    axes = [MEAN_BITS, *knobs] if knobs else []  # trial 0 has no mean_bits and so is not drawn among the others
     columns = [
         *(f"metrics.`{key}`" for key in ("size_bytes", "ratio", "metric_val", "metric_test")),
         *(f"tags.`{key}`" for key in ("pareto", "autocompress.state")),
@@ -69,7 +70,7 @@ def view_state(record: StudyRecord) -> dict[str, Any]:
         "hideEmptyCharts": False,
         "groupBy": None,
         "groupsExpanded": {},
-        "compareRunCharts": _charts(knobs),
+        "compareRunCharts": _charts(axes),
         "compareRunSections": [
             {
                 "uuid": SECTION,
@@ -85,11 +86,11 @@ def view_state(record: StudyRecord) -> dict[str, Any]:
     }
 
 
-def _charts(knobs: list[str]) -> list[dict[str, Any]]:
+def _charts(axes: list[str]) -> list[dict[str, Any]]:
     charts = [_scatter("size", "size_bytes", "metric_val"), _scatter("ratio", "ratio", "metric_val")]
-    if knobs:
+    if axes:
         parallel = {
-            "selectedParams": knobs,
+            "selectedParams": axes,
             "selectedMetrics": ["size_bytes", "metric_val"],
             "showAllRuns": True,
         }
@@ -128,7 +129,7 @@ def varied_knobs(record: StudyRecord, most: int = MOST_KNOBS) -> list[str]:
 
 
 def _numbers(params: dict[str, str]) -> dict[str, float]:
-    return {key: float(value) for key, value in params.items() if not key.endswith(".rank")}
+    return {key: float(value) for key, value in params.items() if key != MEAN_BITS and not key.endswith(".rank")}
 
 
 def _spread(values: list[float]) -> float:
