@@ -280,10 +280,12 @@ def _tracked(session: Session) -> Iterator[None]:
         yield
         status = "FINISHED"
     finally:
-        session.note_homes()
-        session.drop_artifacts()
         study = session.store.settings.study
-        session.tracker.finish(records_of(session.records, session.store), status)
+        try:
+            session.note_homes()
+            session.drop_artifacts()
+        finally:
+            session.tracker.finish(records_of(session.records, session.store), status)
         session.note_homes()
         if session.tracker.problem:
             _log.warning("%s; when it is back, run: autocompress sync %s", session.tracker.problem, study)

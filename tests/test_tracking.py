@@ -8,6 +8,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -498,15 +500,18 @@ def test_a_writer_that_is_killed_is_begun_again(store: tuple[str, Path], monkeyp
     assert set(content(store[0], tracker.home)) == {"killed", *(f"trial {n}" for n in range(9))}
 
 
-def test_what_goes_wrong_in_the_writers_process_is_told(store: tuple[str, Path], tmp_path: Path) -> None:
+def test_what_goes_wrong_in_the_writers_process_is_told(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
     writer = ProcessWriter(target(default_uri(tmp_path), tmp_path / "artifacts"))
     with pytest.raises(TrackingError, match="not a database"):
         writer.open(synthetic_study(1), ignore)
-    victim = writer.pid
-    assert victim is not None
-    os.kill(victim, signal.SIGKILL)
-    with pytest.raises(TrackingError, match=f"its writer, process {victim}, ended with -9"):
+    first = writer.pid
+    with pytest.raises(TrackingError, match="not a database"):
+        writer.open(synthetic_study(1), ignore)
+    assert first is not None
+    assert writer.pid == first, "a process that answers is used again"
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(TrackingError, match=f"its writer, process {first}, ended with -9"):
         writer.write(synthetic_study(1), {}, None, ignore)
     writer.close()
     assert writer.pid is None
@@ -514,14 +519,71 @@ def test_what_goes_wrong_in_the_writers_process_is_told(store: tuple[str, Path],
         writer.write(synthetic_study(1), {}, None, ignore)
 
 
+HOLD = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from test_tracking import ProcessWriter, ignore, synthetic_study, target
+from pathlib import Path
+writer = ProcessWriter(target({uri!r}, Path({artifacts!r})))
+writer.open(synthetic_study(1, "orphan"), ignore)
+if os.fork() == 0:
+    time.sleep(60)  # holds the driver's end of the socket, as a data loader's worker would
+print(writer.pid, flush=True)
+time.sleep(60)
+"""
+
+
 def test_the_writers_process_ends_with_its_driver(store: tuple[str, Path]) -> None:
+    code = HOLD.format(tests=str(Path(__file__).parent), uri=store[0], artifacts=str(store[1]))
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert driver.stdout is not None
+    child = int(driver.stdout.readline())
+    try:
+        assert Path(f"/proc/{child}").exists()
+        driver.kill()
+        deadline = time.monotonic() + 5
+        while _alive(child) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _alive(child)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_writers_process_that_is_stuck_is_given_up(store: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocompress.tracking.tracker.LOCAL_PATIENCE_S", 0.5)
     writer = ProcessWriter(target(*store))
-    writer.open(synthetic_study(1, "orphan"), ignore)
-    child = writer._child
-    assert child is not None
-    child.process.stdin.close()  # type: ignore[union-attr]  # what the system does when a driver is killed
-    assert child.process.wait(5) == 0
-    writer.close()
+    tracker = MlflowTracker(target(*store), writer=writer)
+    tracker.start(synthetic_study(1, "stuck"))
+    deadline = time.monotonic() + 60
+    while tracker.home is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stuck = writer.pid
+    assert stuck is not None
+    os.kill(stuck, signal.SIGSTOP)
+    tracker.finish(synthetic_study(800, "stuck"), "FINISHED")  # more than a socket's buffer holds
+    assert tracker.problem == f"MLflow at {store[0]}: no answer in 0.5 s"
+    assert not _alive(stuck)
+    assert writer.pid is None
+
+
+def test_the_writers_process_finds_its_modules_whatever_is_on_the_path(
+    store: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "platform.py").write_text("raise RuntimeError('shadowed')")
+    (tmp_path / "sitecustomize.py").write_text("print('hello', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), Path("/no/string"), *sys.path])
+    tracker = run_live(synthetic_study(2, "shadowed"), *store, local=False)
+    assert tracker.problem is None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_only_new_and_changed_trials_travel_to_the_process(store: tuple[str, Path]) -> None:

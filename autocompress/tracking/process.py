@@ -1,8 +1,7 @@
 """A writer in a process of its own: MLflow's work then never holds the driver's interpreter lock.
 
-The driver asks, the child answers, over the child's stdin and stdout: pickles, which only these two
-processes see. The child ends when its stdin does, and so never outlives the driver by more than the
-statement it is in.
+The driver asks, the child answers, over a socket pair of their own: pickles, which only these two
+processes see. The child ends with its driver, whatever way that ends.
 """
 
 from __future__ import annotations
@@ -10,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 from autocompress.errors import TrackingError
@@ -25,11 +28,11 @@ from autocompress.tracking.writer import LocalWriter, Progress, Status, Target
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from autocompress.tracking.process import serve_driver; serve_driver()"
+    "from autocompress.tracking.process import serve_driver; serve_driver(*map(int, sys.argv[2:]))"
 )
-_ENDS_WITHIN_S = 2.0
+_DIES_WITHIN_S = 2.0
 _NICENESS = 10
-"""Once the store is open the child yields to trials: a tenth of a busy core is enough for five trials a second."""
+"""Once it has connected the child yields to trials: a tenth of a busy core is enough for five trials a second."""
 
 
 class ProcessWriter:
@@ -43,6 +46,7 @@ class ProcessWriter:
     def __init__(self, target: Target):
         self._target = target
         self._child: _Child | None = None
+        self._answered = False
         self._known: dict[int, TrialRecord] = {}
 
     @property
@@ -51,10 +55,12 @@ class ProcessWriter:
         return None if self._child is None else self._child.process.pid
 
     def open(self, record: StudyRecord, progress: Progress) -> Home:
-        self.close()
         progress(True)
-        self._child, self._known = _Child(), {}
-        self._child.send(self._target)
+        if self._child is None or not self._answered:
+            self.close()
+            self._child = _Child()
+            self._child.send(self._target)
+        self._known = {}
         home: Home = self._ask(("open", *self._news(record)), progress)
         return home
 
@@ -76,7 +82,7 @@ class ProcessWriter:
         return replace(record, trials=()), changed
 
     def _ask(self, request: object, progress: Progress) -> Any:
-        child = self._child
+        child, self._answered = self._child, False
         if child is None:
             raise TrackingError("closed")
         child.send(request)
@@ -84,90 +90,120 @@ class ProcessWriter:
             kind, value = child.receive()
             if kind == "progress":
                 progress(value)
-            elif kind == "error":
+                continue
+            self._answered = True
+            if kind == "error":
                 raise TrackingError(value)
-            else:
-                return value
+            return value
 
 
 class _Child:
-    """The process and its three streams."""
+    """The process, our end of the socket pair, and what it says on stdout and stderr."""
 
     def __init__(self) -> None:
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            start_new_session=True,  # Ctrl-C is the driver's alone
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._requests, self._answers = self.process.stdin, self.process.stdout
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self._ours, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, json.dumps(_search_path()), str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the driver's alone
+            )
 
     def send(self, message: object) -> None:
         try:
-            pickle.dump(message, self._requests)
-            self._requests.flush()
-        except (OSError, ValueError):
-            raise self._lost() from None
+            self._ours.send(message)
+        except OSError:
+            raise self._lost("took no request") from None
 
     def receive(self) -> tuple[str, Any]:
         try:
-            answer: tuple[str, Any] = pickle.load(self._answers)
+            answer: tuple[str, Any] = self._ours.recv()
             return answer
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-            raise self._lost() from None
+        except Exception:  # whatever unpickling makes of a broken answer
+            raise self._lost("gave no answer") from None
 
     def end(self) -> None:
-        """Close its stdin, which ends an idle child at once; kill one that is in the middle of something."""
-        with contextlib.suppress(OSError, ValueError):
-            self._requests.close()
-        try:
-            self.process.wait(_ENDS_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """Kill it: whatever it was asked is either answered or given up. A thread that waits for it is freed first."""
+        self.process.kill()
+        self.process.wait()
+        self._ours.close()
+        self._output.close()
 
-    def _lost(self) -> TrackingError:
+    def _lost(self, what: str) -> TrackingError:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_ENDS_WITHIN_S)
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        last = f": {lines[-1]}" if lines else ""
-        return TrackingError(f"its writer, process {self.process.pid}, ended with {self.process.returncode}{last}")
+            self.process.wait(_DIES_WITHIN_S)
+        if self.process.returncode is not None:
+            what = f"ended with {self.process.returncode}"
+        with contextlib.suppress(OSError, ValueError):  # closed by another thread
+            self._output.seek(0)
+            lines = self._output.read().decode(errors="replace").strip().splitlines()
+            what += f": {lines[-1]}" if lines else ""
+        return TrackingError(f"its writer, process {self.process.pid}, {what}")
 
 
-def serve_driver() -> None:
-    """The child's side: does what the driver asks until its stdin ends."""
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+def _search_path() -> list[str]:
+    """The driver's `sys.path` in the order that suits the child: the standard library, this very package,
+    installed packages, the rest. The child imports afresh what the driver may have imported long before
+    another folder was put in front."""
+    known = [entry for entry in sys.path if isinstance(entry, str)]
+    library = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    library |= {str(Path(folder, "lib-dynload")) for folder in library}
+    ours = str(Path(__file__).parents[2])
+
+    def rank(entry: str) -> int:
+        if entry in library:
+            return 0
+        if entry == ours:
+            return 1
+        return 2 if Path(entry).name in ("site-packages", "dist-packages") else 3
+
+    return sorted({*known, ours}, key=lambda entry: (rank(entry), known.index(entry) if entry in known else -1))
+
+
+def serve_driver(fd: int, driver: int) -> None:
+    """The child's side: does what the driver asks, over that file descriptor, for as long as the driver lives."""
+    threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
+    connection = Connection(fd)
 
     def answer(kind: str, value: object) -> None:
-        pickle.dump((kind, value), answers)
-        answers.flush()
+        try:
+            connection.send((kind, value))
+        except OSError:
+            os._exit(0)  # the driver is gone
 
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        _serve(LocalWriter(pickle.load(requests)), requests, answer)
+    with contextlib.suppress(EOFError, OSError):
+        target: Target = connection.recv()
+        _serve(target, connection, answer)
     os._exit(0)
 
 
-def _serve(writer: LocalWriter, requests: Any, answer: Any) -> None:
-    trials: dict[int, TrialRecord] = {}
+def _serve(target: Target, connection: Connection, answer: Any) -> None:
+    writer, trials, opened = LocalWriter(target), dict[int, TrialRecord](), False
 
     def progress(busy: bool) -> None:
         answer("progress", busy)
 
     while True:
-        what, record, changed, *rest = pickle.load(requests)
+        what, record, changed, *rest = connection.recv()
+        if what == "open":
+            writer, trials = LocalWriter(target), {}
         trials |= {trial.number: trial for trial in changed}
         record = replace(record, trials=tuple(trials[number] for number in sorted(trials)))
         try:
             answer("result", getattr(writer, what)(record, *rest, progress))
-        except BrokenPipeError:
-            raise
         except Exception as error:
             answer("error", one_line(error))
-        if what == "open" and hasattr(os, "nice"):
+        if not opened and hasattr(os, "nice"):
             os.nice(_NICENESS)
+        opened = True
+
+
+def _end_with(driver: int) -> None:
+    """End this process when it is no longer the driver's child: forks of the driver may hold the socket open."""
+    while os.getppid() == driver:
+        time.sleep(0.5)
+    os._exit(0)

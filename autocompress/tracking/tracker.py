@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from typing import Protocol
 
 from autocompress.errors import TrackingError
 from autocompress.record import StudyRecord, TrialRecord, without_password
-from autocompress.tracking.process import ProcessWriter
 from autocompress.tracking.runs import SETTLED
 from autocompress.tracking.store import Home, is_http, one_line
 from autocompress.tracking.writer import LocalWriter, Status, Target, Writer
@@ -21,6 +20,8 @@ GATHER_S = 1.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
 PATIENCE_S, LOCAL_PATIENCE_S = 10.0, 60.0
 """How long `finish` waits for an answer of a server, and of a database, which may be migrating."""
+BUSY_PATIENCE_S = 300.0
+"""The same while the writer does work that the store is not to blame for: importing MLflow, drawing the front."""
 LAST_ATTEMPTS = 3
 
 
@@ -53,13 +54,13 @@ class MlflowTracker:
 
     The thread always hands the newest record to its writer, which writes what the store lacks,
     so a store that was away is caught up with as soon as it answers again. The writer is a
-    process of its own unless another one is given. `on_home` is called from the thread once the
-    parent run is known.
+    process of its own (on Windows: this thread) unless another one is given. `on_home` is called
+    from the thread once the parent run is known.
     """
 
     def __init__(self, target: Target, *, on_home: Callable[[Home], None] | None = None, writer: Writer | None = None):
         self._uri, self._on_home = target.uri, on_home
-        self._writer = writer or ProcessWriter(target)
+        self._writer = writer or _writer_beside(target)
         self._wake = threading.Condition()
         self._newest: StudyRecord | None = None
         self._written: StudyRecord | None = None
@@ -101,13 +102,15 @@ class MlflowTracker:
         self._post(record, status)
         assert self._thread is not None
         patience = PATIENCE_S if is_http(self._uri) else LOCAL_PATIENCE_S
-        while self._thread.is_alive():
-            self._thread.join(0.1)
-            if time.monotonic() - max(began, self._answered) > patience:
-                self._given_up.set()
-                self._problem = self._say(f"no answer in {patience:g} s")
-                break
-        self._writer.close()
+        try:
+            while self._thread.is_alive():
+                self._thread.join(0.1)
+                if time.monotonic() - max(began, self._answered) > patience:
+                    self._problem = self._say(f"no answer in {patience:g} s")
+                    break
+        finally:
+            self._given_up.set()
+            self._writer.close()
 
     def _post(self, record: StudyRecord, status: Status | None = None) -> None:
         with self._wake:
@@ -118,6 +121,12 @@ class MlflowTracker:
             self._wake.notify()
 
     def _follow(self) -> None:
+        try:
+            self._keep_up()
+        finally:
+            self._writer.close()
+
+    def _keep_up(self) -> None:
         opened, delay, failures = False, FIRST_RETRY_S, 0
         while not self._given_up.is_set():
             with self._wake:
@@ -161,10 +170,19 @@ class MlflowTracker:
     def _progress(self, busy: bool) -> None:
         if self._given_up.is_set():
             raise TrackingError("given up")
-        self._answered = math.inf if busy else time.monotonic()
+        self._answered = time.monotonic() + (BUSY_PATIENCE_S if busy else 0.0)
 
     def _say(self, what: str) -> str:
         return f"MLflow at {without_password(self._uri)}: {what}"
+
+
+def _writer_beside(target: Target) -> Writer:
+    """A process of its own where the system can hand it a socket, else this process."""
+    if os.name != "posix":
+        return LocalWriter(target)
+    from autocompress.tracking.process import ProcessWriter
+
+    return ProcessWriter(target)
 
 
 def sync(record: StudyRecord, target: Target) -> Home:
