@@ -56,6 +56,25 @@ def test_golden_files_are_all_there_and_are_never_written_again(tmp_path, capsys
     assert "kept x.acz" in capsys.readouterr().out
 
 
+def test_the_shorter_coder_is_taken_and_both_are_read(monkeypatch):
+    mask = golden().structured_mask(96, 128)
+    coded = Coded(
+        (mask * (1 + golden().pattern(mask.size, 7).reshape(mask.shape))).astype(np.uint16), np.zeros(8, "f4")
+    )
+    artifact = Artifact({"a": coded, "b": Coded(np.zeros((3, 0), np.uint16), np.zeros(1, "f4"))})
+    data = pack(artifact)
+    monkeypatch.setattr(container, "MOST_MIXED", 0)
+    fast = pack(artifact)
+    assert [entry[1] for entry in read_header(fast)["tensors"]] == ["coded", "coded"]
+    assert read_header(data)["tensors"][0][1] == "coded/mixed"
+    assert len(data) < len(fast)
+    same(unpack(fast), artifact)
+    with pytest.raises(ArtifactError, match="12288 mixed symbols at 'a', allowed: 0"):
+        unpack(data)
+    monkeypatch.undo()
+    same(unpack(data), artifact)
+
+
 numbers = {name: np.dtype(kind) for name, kind in container._DTYPES.items()}
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

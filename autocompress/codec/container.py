@@ -9,8 +9,9 @@ Layout, little-endian:
 
 Each entry of "tensors" is [name, kind, dtype, shape, length, CRC-32]. Kinds: "raw" (the tensor's
 bytes, planes of equal significance together, deflated where that is smaller), "sparse" (mask
-stream and the values under it), "coded" (table, then a symbol stream, see `entropy`) and "grid"
-(the same with an evenly spaced table given as scale and lowest level).
+stream and the values under it), "coded" (table, then a symbol stream) and "grid" (the same with an
+evenly spaced table given as scale and lowest level). A kind that ends in "/mixed" has its symbol
+stream from the max coder (`mixed_stream`), any other from the fast one (`entropy`).
 Nothing in a file is executed, and every length is checked before memory is taken.
 """
 
@@ -27,15 +28,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.codec import entropy
+from autocompress.codec import entropy, mixed_stream
 from autocompress.errors import ArtifactError
 
 MAGIC = b"ACZ1"
 _FRONT = struct.Struct("<4sII")
 _MAX_HEADER = 16 * 1024 * 1024
+MOST_MIXED = mixed_stream.MOST_ELEMENTS
+"""Elements of all tensors together up to which a file may have streams of the max coder."""
 MAX_ELEMENTS = 1 << 30
 """Elements of all tensors together that a file may ask for, unless the reader allows more."""
 
+_MIXED = "/mixed"
+_KINDS = {"raw", *(kind + coder for kind in ("sparse", "coded", "grid") for coder in ("", _MIXED))}
 _DTYPES = {
     **{name: name for name in ("float64", "float32", "float16", "complex64", "complex128", "bool")},
     **{name: name for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")},
@@ -95,10 +100,15 @@ class Artifact:
 
 
 def pack(artifact: Artifact) -> bytes:
-    """The bytes of the file. `unpack` gives back an equal artifact."""
+    """The bytes of the file. `unpack` gives back an equal artifact.
+
+    Up to `MOST_MIXED` elements in all, both coders are tried on each tensor; beyond, where their
+    time would tell, the fast one alone is used.
+    """
+    mixed = sum(math.prod(tensor.shape) for tensor in artifact.tensors.values()) <= MOST_MIXED
     entries, streams = [], []
     for name, tensor in artifact.tensors.items():
-        kind, stream = _encode(tensor)
+        kind, stream = _encode(tensor, mixed)
         streams.append(stream)
         entries.append([name, kind, tensor.dtype, list(tensor.shape), len(stream), zlib.crc32(stream)])
     header = json.dumps({**artifact.header, "tensors": entries}, separators=(",", ":"), ensure_ascii=False)
@@ -136,10 +146,13 @@ def unpack(data: bytes, *, max_elements: int = MAX_ELEMENTS) -> Artifact:
     header = read_header(data)
     position = header.pop("streams_at")
     tensors: dict[str, Raw | Coded] = {}
-    total = 0
+    total, mixed = 0, 0
     for entry in header.pop("tensors"):
         name, kind, dtype, shape, length, checksum = _check_entry(entry)
         total += math.prod(max(1, n) for n in shape)
+        mixed += math.prod(shape) if kind.endswith(_MIXED) else 0
+        if mixed > MOST_MIXED:  # else a small file could ask for hours of decoding
+            raise ArtifactError(f"artifact is damaged: {mixed} mixed symbols at {name!r}, allowed: {MOST_MIXED}")
         if total > max_elements:
             raise ArtifactError(f"artifact asks for {total} elements at {name!r}, allowed: {max_elements}")
         stream = data[position : position + length]
@@ -162,7 +175,7 @@ def _check_entry(entry: Any) -> tuple[str, str, str, tuple[int, ...], int, int]:
             pass
         case _:
             raise ArtifactError("artifact is damaged: an entry of its tensor list is malformed")
-    if kind not in ("raw", "sparse", "coded", "grid"):
+    if kind not in _KINDS:
         raise ArtifactError(f"artifact is damaged: {name!r} is of unknown kind {kind!r}")
     if dtype not in _DTYPES:
         raise ArtifactError(f"artifact is damaged: {name!r} has unknown dtype {dtype!r}")
@@ -171,30 +184,41 @@ def _check_entry(entry: Any) -> tuple[str, str, str, tuple[int, ...], int, int]:
     return name, kind, dtype, tuple(shape), length, checksum
 
 
-def _encode(tensor: Raw | Coded) -> tuple[str, bytes]:
+def _encode(tensor: Raw | Coded, mixed: bool) -> tuple[str, bytes]:
     if isinstance(tensor, Coded):
-        stream = entropy.encode(tensor.symbols, max(1, tensor.table.size))
+        coder, stream = _encode_symbols(tensor.symbols, max(1, tensor.table.size), mixed)
         if tensor.grid is not None:
-            return "grid", struct.pack("<fiH", *tensor.grid, tensor.table.size - 1) + stream
-        return "coded", struct.pack("<H", tensor.table.size - 1) + tensor.table.astype("<f4").tobytes() + stream
+            return "grid" + coder, struct.pack("<fiH", *tensor.grid, tensor.table.size - 1) + stream
+        return "coded" + coder, struct.pack("<H", tensor.table.size - 1) + tensor.table.astype("<f4").tobytes() + stream
     array = np.ascontiguousarray(tensor.array)
     raw = _pack_bytes(array)
     if array.dtype.kind != "f" or np.count_nonzero(array) > 0.7 * array.size:
         return "raw", raw
     mask = (array != 0) | np.signbit(array)
-    packed_mask = entropy.encode(mask, 2)
+    coder, packed_mask = _encode_symbols(mask, 2, mixed)
     sparse = struct.pack("<I", len(packed_mask)) + packed_mask + _pack_bytes(array[mask])
-    return ("sparse", sparse) if len(sparse) < len(raw) else ("raw", raw)
+    return ("sparse" + coder, sparse) if len(sparse) < len(raw) else ("raw", raw)
+
+
+def _encode_symbols(symbols: NDArray[Any], alphabet: int, mixed: bool) -> tuple[str, bytes]:
+    """The fast coder's stream, or the max coder's where that is asked for and shorter; what its kind ends in."""
+    fast = entropy.encode(symbols, alphabet)
+    if not mixed:
+        return "", fast
+    slow = mixed_stream.encode(symbols)
+    return (_MIXED, slow) if len(slow) < len(fast) else ("", fast)
 
 
 def _decode(name: str, kind: str, dtype: str, shape: tuple[int, ...], stream: bytes) -> Raw | Coded:
     count = math.prod(shape)
+    decode = mixed_stream.decode if kind.endswith(_MIXED) else entropy.decode
+    kind = kind.removesuffix(_MIXED)
     try:
         if kind == "raw":
             return Raw(_unpack_bytes(stream, dtype, count).reshape(shape), dtype)
         if kind == "sparse":
             (length,) = struct.unpack_from("<I", stream)
-            mask = entropy.decode(stream[4 : 4 + length], shape).astype(bool)
+            mask = decode(stream[4 : 4 + length], shape).astype(bool)
             array = np.zeros(shape, _numpy_type(dtype))
             array[mask] = _unpack_bytes(stream[4 + length :], dtype, int(mask.sum()))
             return Raw(array, dtype)
@@ -205,7 +229,7 @@ def _decode(name: str, kind: str, dtype: str, shape: tuple[int, ...], stream: by
             (highest,) = struct.unpack_from("<H", stream)
             position = 2 + 4 * (highest + 1)
             table, grid = np.frombuffer(stream, "<f4", highest + 1, 2).astype(np.float32), None
-        symbols = entropy.decode(stream[position:], shape)
+        symbols = decode(stream[position:], shape)
     except (struct.error, ValueError) as error:
         raise ArtifactError(f"artifact is damaged at {name!r}: {error}") from error
     if symbols.size and int(symbols.max()) >= table.size:

@@ -1,0 +1,108 @@
+"""A stream of symbols of any shape through the max coder (`mixing`).
+
+Layout: three numbers as LEB128 (seven bits a byte, the lowest first): the rest symbol, which
+becomes level zero; the orientation, 0 for the first axis as rows, 1 for the transposed matrix; the
+lag. Then the coder's bytes. A symbol is the rest symbol plus its level; the columns of one kernel
+(all axes after the second) form a group.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.codec import mixing
+from autocompress.errors import ArtifactError
+
+MOST_ELEMENTS = 1 << 22
+"""Longer streams are left to the fast coder: this one takes up to half a second a million."""
+_TRIES = 1 << 20
+"""Elements up to which orientations and lags are tried out and the shortest stream taken."""
+_LONGEST_LAG = 256
+
+
+def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
+    """The bytes that `decode` turns back into `symbols`, values 0 to 65535, at most `MOST_ELEMENTS`."""
+    rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
+    group = math.prod(symbols.shape[2:])
+    levels = _as_matrix(symbols.astype(np.int32) - rest)
+    ways = [(0, lag) for lag in _lags(levels, symbols.shape)]
+    if symbols.ndim == 2 and symbols.size <= _TRIES:
+        ways.append((1, 0))
+    return min((_coded(levels, rest, turned, lag, max(1, group)) for turned, lag in ways), key=len)
+
+
+def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    """The symbols of `encode`, uint16. Raises ArtifactError for a stream that cannot be one."""
+    rest, position = _read_number(data, 0)
+    turned, position = _read_number(data, position)
+    lag, position = _read_number(data, position)
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise ArtifactError(f"stream is damaged: {math.prod(shape)} symbols, allowed: {MOST_ELEMENTS}")
+    if turned > 1 or (turned and len(shape) != 2):
+        raise ArtifactError(f"stream is damaged: orientation {turned} of {len(shape)} axes")
+    rows, columns = _matrix_shape(shape)
+    try:
+        if turned:
+            levels = mixing.decode(data[position:], (columns, rows), lag).T
+        else:
+            levels = mixing.decode(data[position:], (rows, columns), lag, max(1, math.prod(shape[2:])))
+    except ValueError as error:
+        raise ArtifactError(f"stream is damaged: {error}") from error
+    symbols = levels.astype(np.int64) + rest
+    if symbols.size and not 0 <= int(symbols.min()) <= int(symbols.max()) < 1 << 16:
+        raise ArtifactError(f"stream is damaged: symbols are {symbols.min()} to {symbols.max()}")
+    return symbols.astype(np.uint16).reshape(shape)
+
+
+def _coded(levels: NDArray[np.int32], rest: int, turned: int, lag: int, group: int) -> bytes:
+    head = b"".join(map(_number, (rest, turned, lag)))
+    return head + (mixing.encode(levels.T) if turned else mixing.encode(levels, lag, group))
+
+
+def _lags(levels: NDArray[np.int32], shape: tuple[int, ...]) -> list[int]:
+    """Lags worth trying: a kernel's row length, or the one at which the columns' densities repeat best."""
+    if len(shape) > 2:
+        return [shape[-1] if 2 <= shape[-1] < math.prod(shape[2:]) else 0]
+    if levels.size > _TRIES or levels.shape[1] < 16:
+        return [0]
+    density = np.count_nonzero(levels, axis=0).astype(np.float64)
+    density -= density.mean()
+    longest = min(_LONGEST_LAG, len(density) // 3)
+    power = float(density @ density)
+    if not power:
+        return [0]
+    likeness = [float(density[lag:] @ density[:-lag]) / power for lag in range(2, longest + 1)]
+    best = int(np.argmax(likeness[1:])) + 1  # neighbours are seen anyway
+    return [0, best + 2] if likeness[best] > 0.1 else [0]
+
+
+def _as_matrix(values: NDArray[np.int32]) -> NDArray[np.int32]:
+    return values.reshape(_matrix_shape(values.shape))
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
+
+
+def _number(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _read_number(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 28, 7):
+        if position >= len(data):
+            break
+        byte, position = data[position], position + 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+    raise ArtifactError("stream is damaged: a number has no end")
