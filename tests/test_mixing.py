@@ -82,7 +82,7 @@ def test_structure_is_found_by_itself():
 
 def test_the_lag_of_an_image_is_seen():
     symbols = image_layer(np.random.default_rng(1))
-    assert mixed_stream._lags(symbols.astype(np.int32) - 3, symbols.shape) == [0, 20]
+    assert mixed_stream._lags(symbols.astype(np.int32) - 3, symbols.shape, True) == [0, 20]
 
 
 @given(
@@ -137,7 +137,7 @@ def test_any_bytes_give_symbols_or_a_clear_error(data, shape):
 def test_values_that_are_not_allowed_are_refused():
     with pytest.raises(ValueError, match="levels are -65537 to 0, allowed: up to 65536 in magnitude"):
         mixing.encode(np.array([[-65537, 0]]))
-    for lag, group in ((1, 1), (-1, 1), (0, 0)):
+    for lag, group in ((1, 1), (-1, 1), (0, 0), (1 << 64, 1), (0, 1 << 60)):
         with pytest.raises(ValueError, match=f"lag is {lag} and group {group}"):
             mixing.encode(np.zeros((2, 2), int), lag, group)
     with pytest.raises(ArtifactError, match="allowed: 4194304"):

@@ -20,7 +20,7 @@ from autocompress.errors import ArtifactError
 MOST_ELEMENTS = 1 << 22
 """Longer streams are left to the fast coder: this one takes up to half a second a million."""
 _TRIES = 1 << 20
-"""Elements up to which orientations and lags are tried out and the shortest stream taken."""
+"""Elements up to which a sparse matrix is tried in both orientations and with a lag, and the shortest stream taken."""
 _LONGEST_LAG = 256
 
 
@@ -29,8 +29,9 @@ def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
     rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
     group = math.prod(symbols.shape[2:])
     levels = _as_matrix(symbols.astype(np.int32) - rest)
-    ways = [(0, lag) for lag in _lags(levels, symbols.shape)]
-    if symbols.ndim == 2 and symbols.size <= _TRIES:
+    searched = symbols.size <= _TRIES and 2 * int(np.count_nonzero(levels)) <= symbols.size
+    ways = [(0, lag) for lag in _lags(levels, symbols.shape, searched)]
+    if symbols.ndim == 2 and searched:
         ways.append((1, 0))
     return min((_coded(levels, rest, turned, lag, max(1, group)) for turned, lag in ways), key=len)
 
@@ -63,11 +64,11 @@ def _coded(levels: NDArray[np.int32], rest: int, turned: int, lag: int, group: i
     return head + (mixing.encode(levels.T) if turned else mixing.encode(levels, lag, group))
 
 
-def _lags(levels: NDArray[np.int32], shape: tuple[int, ...]) -> list[int]:
+def _lags(levels: NDArray[np.int32], shape: tuple[int, ...], searched: bool) -> list[int]:
     """Lags worth trying: a kernel's row length, or the one at which the columns' densities repeat best."""
     if len(shape) > 2:
         return [shape[-1] if 2 <= shape[-1] < math.prod(shape[2:]) else 0]
-    if levels.size > _TRIES or levels.shape[1] < 16:
+    if not searched or levels.shape[1] < 16:
         return [0]
     density = np.count_nonzero(levels, axis=0).astype(np.float64)
     density -= density.mean()

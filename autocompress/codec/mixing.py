@@ -258,9 +258,9 @@ def encode(levels: NDArray[np.integer[Any]], lag: int = 0, group: int = 1) -> by
         raise ValueError(f"levels are {levels.min()} to {levels.max()}, allowed: up to {1 << MOST_BITS} in magnitude")
     flat = np.ascontiguousarray(levels, dtype=np.int32).reshape(-1)
     prior = _prior(int(np.count_nonzero(flat)), flat.size)
-    data = np.zeros(2 * flat.size + 64, np.uint8)
+    data = np.zeros(4 * flat.size + 64, np.uint8)
     now = _run(flat, levels.shape, lag, group, prior, data, code=None)
-    if now[3] > data.size:  # more than 16 bits a level
+    if now[3] > data.size:  # more than 32 bits a level
         data = np.zeros(int(now[3]), np.uint8)
         now = _run(flat, levels.shape, lag, group, prior, data, code=None)
     coded = data[: now[3]].tobytes() + _between(int(now[0]), int(now[1]))
@@ -280,8 +280,10 @@ def decode(data: bytes, shape: tuple[int, ...], lag: int = 0, group: int = 1) ->
 
 
 def _check(lag: int, group: int) -> None:
-    if lag < 0 or lag == 1 or group < 1:
-        raise ValueError(f"lag is {lag} and group {group}, allowed: a lag of 0, 2 or more, a group of 1 or more")
+    if not (lag == 0 or 2 <= lag < 1 << 31) or not 1 <= group < 1 << 31:
+        raise ValueError(
+            f"lag is {lag} and group {group}, allowed: a lag of 0 or 2 to 2^31 - 1, a group of 1 to 2^31 - 1"
+        )
 
 
 def _prior(nonzero: int, size: int) -> int:
@@ -307,9 +309,11 @@ def _run(
 ) -> NDArray[np.int64]:
     """Code the levels into the data, or out of it where its first four bytes are given as `code`; `now` afterwards."""
     rows, columns = shape
+    now = np.zeros(40, np.int64)
+    if not flat.size:
+        return now
     prob, weight = _start()
     row, column = np.zeros(3 * rows, np.int32), np.zeros(3 * columns + 4 + columns // group, np.int32)
-    now = np.zeros(40, np.int64)
     now[:4] = (0, 0xFFFFFFFF, code or 0, 0 if code is None else 4)
     state = (now, prob.copy(), weight.copy(), _tables(), row, column)
     code_levels(flat, rows, columns, lag, group, prior, int(code is None), *state, data, data.size)
