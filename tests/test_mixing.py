@@ -37,7 +37,7 @@ def test_decode_is_the_inverse(matrix, lag, group):
     assert np.array_equal(mixing.decode(data, matrix.shape, lag, group), matrix)
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(matrices().filter(lambda m: m.size), st.sampled_from([0, 2, 5]), st.sampled_from([1, 4]))
 def test_the_machine_code_does_what_the_python_says(matrix, lag, group):
     rows, columns = matrix.shape

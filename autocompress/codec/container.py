@@ -2,16 +2,21 @@
 
 Layout, little-endian:
 
-    "ACZ1"  magic
-    u32     length of the packed header, u32 its CRC-32
-    bytes   the header: JSON, UTF-8, deflated
-    bytes   one stream after the other, as the header's "tensors" lists them
+    "ACZ2"  magic
+    u32     length of the header, u32 its CRC-32
+    bytes   the header: the table of tensors, then JSON, UTF-8, deflated (RFC 1951, with `_DICTIONARY`)
+    bytes   one stream after the other, as the table lists them
 
-Each entry of "tensors" is [name, kind, dtype, shape, length, CRC-32]. Kinds: "raw" (the tensor's
-bytes, planes of equal significance together, deflated where that is smaller), "sparse" (mask
-stream and the values under it), "coded" (table, then a symbol stream) and "grid" (the same with an
-evenly spaced table given as scale and lowest level). A kind that ends in "/mixed" has its symbol
-stream from the max coder (`mixed_stream`), any other from the fast one (`entropy`).
+The table: the number of tensors; for each its kind and its dtype (one byte, the place in `_KINDS`
+and `_DTYPES`), the number of its axes, their lengths, the length of its stream, and the stream's
+CRC-32 (u32). Numbers are LEB128. The JSON's "tensors" are their names. In "ACZ1", which is still
+read, the header is zlib's, and each entry of "tensors" is [name, kind, dtype, shape, length, CRC-32].
+
+Kinds: "raw" (the tensor's bytes, planes of equal significance together, deflated where that is
+smaller), "sparse" (mask stream and the values under it), "coded" (table, then a symbol stream) and
+"grid" (the same with an evenly spaced table given as scale and lowest level). A kind that ends in
+"/mixed" has its symbol stream from the max coder (`mixed_stream`), any other from the fast one
+(`entropy`).
 Nothing in a file is executed, and every length is checked before memory is taken.
 """
 
@@ -28,24 +33,42 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.codec import entropy, mixed_stream
+from autocompress.codec import entropy, leb128, mixed_stream
 from autocompress.errors import ArtifactError
 
-MAGIC = b"ACZ1"
+MAGIC, FIRST_MAGIC = b"ACZ2", b"ACZ1"
 _FRONT = struct.Struct("<4sII")
 _MAX_HEADER = 16 * 1024 * 1024
+_MOST_AXES = 16
 MOST_MIXED = mixed_stream.MOST_ELEMENTS
 """Elements of all tensors together up to which a file may have streams of the max coder."""
 MAX_ELEMENTS = 1 << 30
 """Elements of all tensors together that a file may ask for, unless the reader allows more."""
 
 _MIXED = "/mixed"
-_KINDS = {"raw", *(kind + coder for kind in ("sparse", "coded", "grid") for coder in ("", _MIXED))}
+_KINDS = ("raw", *(kind + coder for kind in ("sparse", "coded", "grid") for coder in ("", _MIXED)))
 _DTYPES = {
     **{name: name for name in ("float64", "float32", "float16", "complex64", "complex128", "bool")},
     **{name: name for name in ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")},
     "bfloat16": "uint16",
 }
+
+
+_DICTIONARY = (
+    b'[["Tanh",{}],["GELU",{}],["SiLU",{}],["Sigmoid",{}],["Softmax",{"dim":-1}],["Dropout",{"p":0.1}],["Embedding",'
+    b'["LSTM",["GroupNorm",{"num_groups":["LayerNorm",{"normalized_shape":[["BatchNorm1d",["AvgPool2d",'
+    b'["Conv1d",["ConvTranspose2d",["Identity",{}],["LeakyReLU",{}],["AdaptiveAvgPool2d",{"output_size":[1,1]}],'
+    b'"class":"embed.conv1.bn1.layer1.fc1.fc2.head.encoder.attention.query.key.value.out.downsample.0.running_mean",'
+    b'"running_var","num_batches_tracked","float32","float16","bfloat16","codebook","uniform",'
+    b'"padding_mode":"zeros","stride":[2,2],"padding":[1,1],"dilation":[1,1],"groups":"bias":false}],'
+    b'{"made_by":"0.1.0","ranks":{"0":[8,"channel"],"1":[16,"spatial"]},"plan":{"0":[4,0.0],"2":[3,1.5],"model":'
+    b'["Sequential",[["0",["Conv2d",{"in_channels":1,"out_channels":16,"kernel_size":[3,3],"padding":[1,1]}]],'
+    b'["1",["BatchNorm2d",{"num_features":16}]],["2",["ReLU",{}]],["3",["MaxPool2d",{"kernel_size":2,"stride":2}]],'
+    b'["4",["Flatten",{}]],["5",["Linear",{"in_features":64,"out_features":10}]],["6",["ReLU",{}]]]],'
+    b'"tensors":["0.weight","0.bias","1.weight","1.bias","2.weight","2.bias","2.0.weight","2.1.weight","2.1.bias",'
+    b'"3.weight","3.bias","4.weight","4.bias","5.weight","5.bias","6.weight","6.bias","8.weight","8.bias"]}'
+)
+"""What the JSON of small models is likely to hold, most likely last; the compressor refers to it."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +129,24 @@ def pack(artifact: Artifact) -> bytes:
     time would tell, the fast one alone is used.
     """
     mixed = sum(math.prod(tensor.shape) for tensor in artifact.tensors.values()) <= MOST_MIXED
-    entries, streams = [], []
-    for name, tensor in artifact.tensors.items():
+    table, streams = [leb128.write(len(artifact.tensors))], []
+    for tensor in artifact.tensors.values():
         kind, stream = _encode(tensor, mixed)
+        codes = bytes([_KINDS.index(kind), list(_DTYPES).index(tensor.dtype)])
+        sizes = leb128.write(len(tensor.shape), *tensor.shape, len(stream))
+        table.append(codes + sizes + struct.pack("<I", zlib.crc32(stream)))
         streams.append(stream)
-        entries.append([name, kind, tensor.dtype, list(tensor.shape), len(stream), zlib.crc32(stream)])
-    header = json.dumps({**artifact.header, "tensors": entries}, separators=(",", ":"), ensure_ascii=False)
-    packed = zlib.compress(header.encode(), 9)
-    return b"".join([_FRONT.pack(MAGIC, len(packed), zlib.crc32(packed)), packed, *streams])
+    names = list(artifact.tensors)
+    text = json.dumps({**artifact.header, "tensors": names}, separators=(",", ":"), ensure_ascii=False)
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_DICTIONARY)
+    header = b"".join(table) + deflater.compress(text.encode()) + deflater.flush()
+    return b"".join([_FRONT.pack(MAGIC, len(header), zlib.crc32(header)), header, *streams])
 
 
 def read_header(data: bytes) -> dict[str, Any]:
-    """The JSON header alone, "tensors" included, without decoding any tensor. Raises ArtifactError."""
-    if len(data) < _FRONT.size or data[:4] != MAGIC:
+    """The JSON header alone, without decoding any tensor; its "tensors" are lists of name, kind, dtype, shape,
+    stream length and CRC-32, "streams_at" is where the first stream begins. Raises ArtifactError."""
+    if len(data) < _FRONT.size or data[:4] not in (MAGIC, FIRST_MAGIC):
         raise ArtifactError(f"not an autocompress artifact: it starts with {bytes(data[:4])!r}, not {MAGIC!r}")
     _, length, checksum = _FRONT.unpack_from(data)
     packed = data[_FRONT.size : _FRONT.size + length]
@@ -126,13 +154,44 @@ def read_header(data: bytes) -> dict[str, Any]:
         raise ArtifactError(f"artifact is truncated: its header has {length} bytes, {len(packed)} are there")
     if zlib.crc32(packed) != checksum:
         raise ArtifactError("artifact is damaged: its header's checksum is wrong")
+    table: list[list[Any]] | None = None
+    if data[:4] == MAGIC:
+        table, position = _read_table(packed)
+        text = _inflate(packed[position:], _MAX_HEADER, zlib.decompressobj(-15, zdict=_DICTIONARY))
+    else:
+        text = _inflate(packed, _MAX_HEADER)
     try:
-        header = json.loads(_inflate(packed, _MAX_HEADER).decode())
+        header = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"artifact is damaged: its header is no JSON ({error})") from error
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ArtifactError("artifact is damaged: its header lists no tensors")
+    if table is not None:
+        if len(table) != len(header["tensors"]):
+            raise ArtifactError(f"artifact is damaged: {len(header['tensors'])} names for {len(table)} tensors")
+        header["tensors"] = [[name, *row] for name, row in zip(header["tensors"], table, strict=True)]
     return header | {"streams_at": _FRONT.size + length}
+
+
+def _read_table(packed: bytes) -> tuple[list[list[Any]], int]:
+    """Kind, dtype, shape, stream length and CRC-32 of each tensor, and where the JSON begins."""
+    count, position = leb128.read(packed, 0)
+    dtypes, rows = list(_DTYPES), []
+    for _ in range(count):
+        if len(packed) < position + 3:
+            raise ArtifactError("artifact is damaged: its table of tensors has no end")
+        kind, dtype = packed[position], packed[position + 1]
+        axes, position = leb128.read(packed, position + 2)
+        shape = []
+        for _ in range(min(axes, _MOST_AXES + 1)):
+            size, position = leb128.read(packed, position)
+            shape.append(size)
+        length, position = leb128.read(packed, position)
+        if kind >= len(_KINDS) or dtype >= len(dtypes) or len(packed) < position + 4:
+            raise ArtifactError(f"artifact is damaged: kind {kind} and dtype {dtype} in its table of tensors")
+        rows.append([_KINDS[kind], dtypes[dtype], shape, length, *struct.unpack_from("<I", packed, position)])
+        position += 4
+    return rows, position
 
 
 def shapes(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -179,7 +238,7 @@ def _check_entry(entry: Any) -> tuple[str, str, str, tuple[int, ...], int, int]:
         raise ArtifactError(f"artifact is damaged: {name!r} is of unknown kind {kind!r}")
     if dtype not in _DTYPES:
         raise ArtifactError(f"artifact is damaged: {name!r} has unknown dtype {dtype!r}")
-    if len(shape) > 16 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or length < 0:
+    if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or length < 0:
         raise ArtifactError(f"artifact is damaged: {name!r} has shape {shape} and length {length}")
     return name, kind, dtype, tuple(shape), length, checksum
 
@@ -262,11 +321,11 @@ def _unpack_bytes(data: bytes, dtype: str, count: int) -> NDArray[Any]:
     return np.frombuffer(np.ascontiguousarray(flat).tobytes(), kind).astype(kind.newbyteorder("="))
 
 
-def _inflate(data: bytes, limit: int) -> bytes:
+def _inflate(data: bytes, limit: int, machine: Any = None) -> bytes:
     """Inflated bytes, never more than `limit`."""
-    machine = zlib.decompressobj()
+    machine = machine or zlib.decompressobj()
     try:
-        result = machine.decompress(data, limit + 1)
+        result: bytes = machine.decompress(data, limit + 1)
     except zlib.error as error:
         raise ArtifactError(f"artifact is damaged: {error}") from error
     if len(result) > limit or not machine.eof or machine.unused_data:

@@ -1,6 +1,6 @@
 """A stream of symbols of any shape through the max coder (`mixing`).
 
-Layout: three numbers as LEB128 (seven bits a byte, the lowest first): the rest symbol, which
+Layout: three numbers (see `leb128`): the rest symbol, which
 becomes level zero; the orientation, 0 for the first axis as rows, 1 for the transposed matrix; the
 lag. Then the coder's bytes. A symbol is the rest symbol plus its level; the columns of one kernel
 (all axes after the second) form a group.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.codec import mixing
+from autocompress.codec import leb128, mixing
 from autocompress.errors import ArtifactError
 
 MOST_ELEMENTS = 1 << 22
@@ -38,9 +38,9 @@ def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
 
 def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     """The symbols of `encode`, uint16. Raises ArtifactError for a stream that cannot be one."""
-    rest, position = _read_number(data, 0)
-    turned, position = _read_number(data, position)
-    lag, position = _read_number(data, position)
+    rest, position = leb128.read(data, 0)
+    turned, position = leb128.read(data, position)
+    lag, position = leb128.read(data, position)
     if math.prod(shape) > MOST_ELEMENTS:
         raise ArtifactError(f"stream is damaged: {math.prod(shape)} symbols, allowed: {MOST_ELEMENTS}")
     if turned > 1 or (turned and len(shape) != 2):
@@ -60,7 +60,7 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
 
 
 def _coded(levels: NDArray[np.int32], rest: int, turned: int, lag: int, group: int) -> bytes:
-    head = b"".join(map(_number, (rest, turned, lag)))
+    head = leb128.write(rest, turned, lag)
     return head + (mixing.encode(levels.T) if turned else mixing.encode(levels, lag, group))
 
 
@@ -87,23 +87,3 @@ def _as_matrix(values: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
-
-
-def _number(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _read_number(data: bytes, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 28, 7):
-        if position >= len(data):
-            break
-        byte, position = data[position], position + 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-    raise ArtifactError("stream is damaged: a number has no end")

@@ -97,11 +97,16 @@ def _describe(model: nn.Module) -> list[Any] | None:
     arguments = {name: _plain(getattr(model, name)) for name in names}
     if "bias" in defaults:
         arguments["bias"] = getattr(model, "bias", None) is not None or getattr(model, "weight", None) is None
-    changed = {n: v for n, v in arguments.items() if n not in defaults or v != _plain(defaults[n])}
+    changed = {n: v for n, v in arguments.items() if n not in defaults or not _same(v, _plain(defaults[n]))}
     dtypes = {t.dtype for t in (*model._parameters.values(), *model._buffers.values()) if t is not None}
     if other := {d for d in dtypes if d.is_floating_point} - {torch.float32}:
         changed["dtype"] = str(other.pop()).removeprefix("torch.")
     return [kind, changed]
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether a value is the default, or the default once for each axis."""
+    return bool(value == default or (isinstance(value, list) and value and all(v == default for v in value)))
 
 
 def _layout(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
