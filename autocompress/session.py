@@ -150,11 +150,13 @@ class Session:
         folder = self.records.artifact(self.store.settings.study, "x").parent
         kept = {Path(t.artifact).name for t in self.record.trials if t.artifact is not None}
         kept |= {artifact_name(number) for number in self._running}
-        for path in folder.glob("trial-*.acz"):
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
-        for path in folder.glob(".trial-*"):  # half-written ones of a process that was killed
-            path.unlink(missing_ok=True)
+        found: list[str] = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            found = [entry.name for entry in entries]
+        for name in found:
+            finished = name.startswith("trial-") and name.endswith(".acz") and name not in kept
+            if finished or name.startswith(".trial-"):  # half-written ones of a process that was killed
+                (folder / name).unlink(missing_ok=True)
 
     def note_homes(self) -> None:
         """Store where MLflow shows the study, once its writer thread has said so."""
