@@ -330,10 +330,9 @@ def _tracker(records: Records, uri: str | None, on_home: Callable[[Any], None]) 
 def _target(records: Records, uri: str) -> Any:
     from autocompress.tracking import Target
 
-    is_server = uri.startswith(("http://", "https://"))
     return Target(
         uri,
-        artifact_root=None if is_server else records.mlflow_artifacts,
+        artifact_root=records.mlflow_artifacts,
         write_front=report.write_front,
         write_live=partial(report.write_front, html=False),
         describe=report.describe,

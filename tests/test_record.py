@@ -112,7 +112,7 @@ def test_a_password_is_not_told():
     for uri, told in (
         ("postgresql://me:secret@db:5432/runs?x=1", "postgresql://db:5432/runs?x=1"),
         ("http://me@host:5000", "http://host:5000"),
-        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("sqlite:///runs/a@b/mlflow.db", "sqlite:///runs/a@b/mlflow.db"),
         ("http://host:5000", "http://host:5000"),
     ):
         assert study(tracking_uri=uri).to_front_json()["tracking_uri"] == told

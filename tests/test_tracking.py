@@ -115,6 +115,12 @@ def target(uri: str, artifacts: Path | None) -> Target:
     return Target(uri, artifacts, write_front, describe)
 
 
+def wait_until_open(tracker: MlflowTracker) -> None:
+    deadline = time.monotonic() + 60
+    while tracker.home is None and tracker.problem is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def run_live(
     record: StudyRecord, uri: str, artifacts: Path | None, status: str = "FINISHED", *, local: bool = True
 ) -> MlflowTracker:
@@ -124,9 +130,7 @@ def run_live(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("autocompress.tracking.tracker.GATHER_S", 0.0)
         tracker.start(upto(record, 0))
-        deadline = time.monotonic() + 60
-        while tracker.home is None and tracker.problem is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until_open(tracker)
         for number, trial in enumerate(record.trials, 1):
             tracker.log(upto(record, number), trial)
             time.sleep(0.03)
@@ -488,9 +492,7 @@ def test_a_writer_that_is_killed_is_begun_again(store: tuple[str, Path], monkeyp
     writer = ProcessWriter(target(*store))
     tracker = MlflowTracker(target(*store), writer=writer)
     tracker.start(upto(record, 4))
-    deadline = time.monotonic() + 60
-    while tracker.home is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_open(tracker)
     victim = writer.pid
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
@@ -562,9 +564,7 @@ def test_a_writers_process_that_is_stuck_is_given_up(store: tuple[str, Path], mo
     writer = ProcessWriter(target(*store))
     tracker = MlflowTracker(target(*store), writer=writer)
     tracker.start(synthetic_study(1, "stuck"))
-    deadline = time.monotonic() + 60
-    while tracker.home is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until_open(tracker)
     stuck = writer.pid
     assert stuck is not None
     os.kill(stuck, signal.SIGSTOP)

@@ -65,7 +65,7 @@ def encode(symbols: NDArray[np.integer[Any]], alphabet: int) -> bytes:
 
 def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
     """The symbols of `encode`, uint16, in the shape given. Raises ArtifactError for a stream that cannot be one."""
-    rows, columns = _matrix_shape(shape)
+    rows, columns = matrix_shape(shape)
     try:
         rest, highest, count = _HEAD.unpack_from(data)
         position = _HEAD.size
@@ -111,10 +111,11 @@ class _Classes:
 
 
 def _as_matrix(symbols: Symbols) -> Symbols:
-    return symbols.reshape(_matrix_shape(symbols.shape))
+    return symbols.reshape(matrix_shape(symbols.shape))
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The matrix that an array is coded as: its first axis by the rest, one row where it has fewer than two axes."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])

@@ -1,8 +1,7 @@
 """A stream of symbols of any shape through the max coder (`mixing`).
 
-Layout: three numbers (see `leb128`): the rest symbol, which
-becomes level zero; the orientation, 0 for the first axis as rows, 1 for the transposed matrix; the
-lag. Then the coder's bytes. A symbol is the rest symbol plus its level; the columns of one kernel
+Layout: three numbers (see `leb128`): the rest symbol, which becomes level zero; the orientation,
+0 for the first axis as rows, 1 for the transposed matrix; the lag. Then the coder's bytes. A symbol is the rest symbol plus its level; the columns of one kernel
 (all axes after the second) form a group.
 """
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.codec import leb128, mixing
+from autocompress.codec.entropy import matrix_shape
 from autocompress.errors import ArtifactError
 
 MOST_ELEMENTS = 1 << 22
@@ -28,7 +28,7 @@ def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
     """The bytes that `decode` turns back into `symbols`, values 0 to 65535, at most `MOST_ELEMENTS`."""
     rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
     group = math.prod(symbols.shape[2:])
-    levels = _as_matrix(symbols.astype(np.int32) - rest)
+    levels = (symbols.astype(np.int32) - rest).reshape(matrix_shape(symbols.shape))
     searched = symbols.size <= _TRIES and 2 * int(np.count_nonzero(levels)) <= symbols.size
     ways = [(0, lag) for lag in _lags(levels, symbols.shape, searched)]
     if symbols.ndim == 2 and searched:
@@ -45,7 +45,7 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
         raise ArtifactError(f"stream is damaged: {math.prod(shape)} symbols, allowed: {MOST_ELEMENTS}")
     if turned > 1 or (turned and len(shape) != 2):
         raise ArtifactError(f"stream is damaged: orientation {turned} of {len(shape)} axes")
-    rows, columns = _matrix_shape(shape)
+    rows, columns = matrix_shape(shape)
     try:
         if turned:
             levels = mixing.decode(data[position:], (columns, rows), lag).T
@@ -79,11 +79,3 @@ def _lags(levels: NDArray[np.int32], shape: tuple[int, ...], searched: bool) -> 
     likeness = [float(density[lag:] @ density[:-lag]) / power for lag in range(2, longest + 1)]
     best = int(np.argmax(likeness[1:])) + 1  # neighbours are seen anyway
     return [0, best + 2] if likeness[best] > 0.1 else [0]
-
-
-def _as_matrix(values: NDArray[np.int32]) -> NDArray[np.int32]:
-    return values.reshape(_matrix_shape(values.shape))
-
-
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))

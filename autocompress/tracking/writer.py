@@ -29,7 +29,7 @@ FRONT_EVERY_S = 60.0
 class Target:
     """Where to write, and what is written beside the runs.
 
-    `artifact_root` is where the artifacts of a database store go (None: the server's own default).
+    `artifact_root` is where the artifacts of a database store go (None: its own default); a server always has its own.
     `write_front` writes the front's files into a folder at the end, `write_live` those that are
     written while the study runs (None: none), `describe` gives the parent run's description.
     """
