@@ -1,8 +1,9 @@
 """A stream of symbols of any shape through the max coder (`mixing`).
 
 Layout: three numbers (see `leb128`): the rest symbol, which becomes level zero; the orientation,
-0 for the first axis as rows, 1 for the transposed matrix; the lag. Then the coder's bytes. A symbol is the rest symbol plus its level; the columns of one kernel
-(all axes after the second) form a group.
+0 for the first axis as rows, 1 for the transposed matrix; the lag. Then the coder's bytes. A
+symbol is the rest symbol plus its level; the columns of one kernel (all axes after the second)
+form a group.
 """
 
 from __future__ import annotations
