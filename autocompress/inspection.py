@@ -42,16 +42,15 @@ class FileReport:
 
 def inspect_file(path: Path) -> FileReport:
     """Where the bytes of an artifact are. Raises ArtifactError for a file that does not decode."""
-    from autocompress.codec import container
+    from autocompress.codec import header
     from autocompress.compress.artifact import read
 
     decoded = read(path)
     data = path.read_bytes()
-    header = container.read_header(data)
     rows = []
-    for name, kind, dtype, shape, length, _ in header["tensors"]:
-        width = 4 if "float" in dtype else max(1, int("".join(filter(str.isdigit, dtype)) or 8) // 8)
-        rows.append(FileRow(name, kind, dtype, tuple(shape), length, math.prod(shape) * width))
+    for entry in header.read(data).entries:
+        width = 4 if "float" in entry.dtype else max(1, int("".join(filter(str.isdigit, entry.dtype)) or 8) // 8)
+        rows.append(FileRow(entry.name, entry.kind, entry.dtype, entry.shape, entry.length, entry.elements * width))
     used = sum(row.size_bytes for row in rows)
     return FileReport(str(path), len(data), len(data) - used, tuple(rows), decoded.header)
 

@@ -17,6 +17,8 @@ QUANTIZERS = ("codebook", "uniform")
 FLOAT_BITS = 32
 BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
 """1 to 8: that many bits of code into a table; 16: float16; 32: the weights as they are."""
+SHORT_BITS = 16
+"""Up to these a layer's bias is carried in bfloat16; where all layers have so few, normalisation layers are too."""
 
 
 @dataclass(frozen=True)

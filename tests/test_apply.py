@@ -91,9 +91,11 @@ def test_the_file_holds_what_the_model_computes_with(name, trained):
     substitutes = compressed.substitutes()
     for key, value in substitutes.items():
         assert torch.equal(tensors[key].float(), value.detach()), key
+    layers = PLANS[name].layers.values()
+    norms = {f"1.{what}" for what in ("running_mean", "running_var")} if all(x.bits <= 16 for x in layers) else set()
     for key, value in artifact.unique_state(compressed.module).items():
         if key not in substitutes:
-            assert torch.equal(tensors[key], value), key
+            assert torch.equal(tensors[key].to(value), value.bfloat16().to(value) if key in norms else value), key
     assert set(tensors) == set(artifact.unique_state(compressed.module))
     assert all(torch.equal(tensor, before[key]) for key, tensor in MODEL.state_dict().items())
     assert all(p.grad is None for p in MODEL.parameters())
@@ -115,6 +117,21 @@ def test_bits_bound_the_number_of_values(name):
             assert isinstance(entry, container.Coded)
 
 
+@pytest.mark.parametrize(
+    ("plan", "short"),
+    [
+        (plan_of(), set()),
+        (plan_of(_0=LayerPlan(bits=4), _5=LayerPlan(bits=16, rank=5)), {"0.bias", "5.1.bias"}),
+        (plan_of(_3=LayerPlan(bits=4)), set()),  # has no bias
+        (plan_of(_0=LayerPlan(threshold=1.0)), set()),
+        (everywhere(bits=8), {"0.bias", "5.bias", "7.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"}),
+    ],
+)
+def test_what_is_beside_the_codes_is_as_precise_as_the_layers(plan, short):
+    entries = train(compress(plan)).encode()
+    assert {key for key, entry in entries.items() if entry.dtype == "bfloat16"} == short
+
+
 def test_the_order_is_low_rank_then_prune_then_quantize():
     layer = LayerPlan(rank=4, bits=3, threshold=0.7)
     tensors = decoded(compress(plan_of(_5=layer)))
@@ -127,7 +144,7 @@ def test_the_order_is_low_rank_then_prune_then_quantize():
         table = quantize.kmeans(factor[kept], 8)
         wanted = torch.zeros_like(factor)
         wanted[kept] = table[(factor[kept][:, None] - table).abs().argmin(1)]
-        assert torch.allclose(tensors[key], wanted, atol=1e-5)
+        assert torch.allclose(tensors[key], wanted.bfloat16().float(), atol=1e-5)
         assert 0.2 < kept.float().mean() < 0.8
     product = tensors["5.1.weight"] @ tensors["5.0.weight"]
     correlation = torch.corrcoef(torch.stack([product.flatten(), torch.from_numpy(tall @ wide).float().flatten()]))
@@ -153,7 +170,7 @@ def test_a_bare_layer_in_two():
     inputs = torch.randn(3, 20)
     whole = decoded(compressed)["1.weight"] @ decoded(compressed)["0.weight"]
     outputs = apply.call_with(compressed.module, compressed.substitutes(), inputs)
-    assert torch.allclose(outputs, F.linear(inputs, whole, model.bias), atol=1e-5)
+    assert torch.allclose(outputs, F.linear(inputs, whole, model.bias.bfloat16().float()), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

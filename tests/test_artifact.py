@@ -10,13 +10,12 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import autocompress as ac
-from autocompress.codec import container
+from autocompress.codec import container, header
 from autocompress.compress import apply, architecture, artifact, lowrank
 from autocompress.compress.layers import find_layers
 from autocompress.errors import ArtifactError
@@ -43,9 +42,12 @@ def compressed(model, layer_plans, inputs):
     layers = find_layers(model, lambda m: m(inputs)).layers
     plan = Plan({s.name: layer_plans.get(s.name, LayerPlan()) for s in layers})
     state = apply.compress(model, layers, plan, lambda s, k: lowrank.svd(model.get_submodule(s.name).weight, k))
+    entries = state.encode()
+    carried = {key: artifact.to_tensor(entry).to(model.state_dict().get(key, torch.ones(1)))
+               for key, entry in entries.items() if entry.dtype == "bfloat16"}  # fmt: skip
     with torch.no_grad():
-        outputs = apply.call_with(state.module, state.substitutes(), inputs)
-    return artifact.write(model, plan, state.encode(), "test"), outputs
+        outputs = apply.call_with(state.module, {**state.substitutes(), **carried}, inputs)
+    return artifact.write(model, plan, entries, "test"), outputs
 
 
 class Net(nn.Module):
@@ -127,7 +129,8 @@ def test_a_tree_of_standard_layers_needs_no_model(case, tmp_path):
         for key, tensor in model.state_dict().items():
             if key in loaded.state_dict() and key.removesuffix(".weight").removesuffix("weight") not in plans:
                 assert loaded.state_dict()[key].dtype == tensor.dtype
-                assert torch.equal(loaded.state_dict()[key], tensor), key
+                close = 2**-8 if tensor.dtype == torch.float32 and plans else 0.0  # bfloat16 where bits are few
+                assert torch.allclose(loaded.state_dict()[key], tensor, rtol=close, atol=0), key
 
 
 @pytest.mark.parametrize("make", [Net, Tied, Mixed], ids=lambda m: m.__name__)
@@ -151,7 +154,7 @@ def test_any_other_model_is_loaded_into_the_users_own(make, tmp_path):
 def test_tied_weights_stay_one_tensor(tmp_path):
     model = filled(Tied())
     data, outputs = compressed(model, {"out": LayerPlan(bits=2, threshold=0.5)}, WORDS)
-    assert [e[0] for e in container.read_header(data)["tensors"]] == [
+    assert [e.name for e in header.read(data).entries] == [
         "embed.weight",
         "mix.weight",
         "mix.bias",
@@ -340,7 +343,7 @@ def test_hostile_ranks_are_refused(ranks, tmp_path):
 
 def test_shapes_are_checked_before_a_tensor_is_decoded(tmp_path):
     """A few bytes stand for 400 MB: refused for its shape in no memory, by tree and by model."""
-    stream = container.entropy.encode(np.zeros((1, 1), int), 2)
+    stream = bytes.fromhex("0000010001000000")  # one zero
     stream = struct.pack("<Hff", 1, 0.0, 1.0) + stream
     entry = ["weight", "coded", "float32", [10_000, 10_000], len(stream), zlib.crc32(stream)]
     tree = ["Linear", {"in_features": 5, "out_features": 5, "bias": False}]

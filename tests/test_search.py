@@ -25,7 +25,7 @@ from local_search import write_task
 from torch import nn
 
 import autocompress as ac
-from autocompress.codec import container
+from autocompress.codec import header
 from autocompress.folders import Records
 from autocompress.record import StudyRecord
 from autocompress.search.study import StudyStore
@@ -237,7 +237,7 @@ def test_front_json(searched, shown):
         assert {"rank", "bits", "threshold"} <= set(point["plan"]["first"])
         data = (searched / "autocompress_runs" / point["artifact"]).read_bytes()
         assert len(data) == point["size_bytes"]
-        assert container.read_header(data)
+        assert header.read(data).entries
     assert shown["front"][0]["ratio"] > 4
     for trial in record_of(searched).front:
         data = (searched / "autocompress_runs" / str(trial.artifact)).read_bytes()

@@ -34,12 +34,13 @@ from numpy.typing import NDArray
 
 Int: TypeAlias = int
 Bytes: TypeAlias = NDArray[np.uint8]
+Words: TypeAlias = NDArray[np.uint16]
 Int32s: TypeAlias = NDArray[np.int32]
 Int64s: TypeAlias = NDArray[np.int64]
 
-_KINDS = ("Int", "Bytes", "Int32s", "Int64s")
-_ARRAYS = {"Bytes": ("u1", 8), "Int32s": ("i4", 32), "Int64s": ("i8", 64)}
-"""NumPy's code and the bits of an element; arrays have one axis and are contiguous. Bytes are unsigned."""
+_ARRAYS = {"Bytes": ("u1", 8), "Words": ("u2", 16), "Int32s": ("i4", 32), "Int64s": ("i8", 64)}
+"""NumPy's code and the bits of an element; arrays have one axis and are contiguous. Bytes and words are unsigned."""
+_KINDS = ("Int", *_ARRAYS)
 
 
 class Kernel:
@@ -425,7 +426,7 @@ class _Translator:
         value = self.b.load(pointer)
         if _ARRAYS[kind][1] == 64:
             return value
-        return self.b.zext(value, self.i64) if kind == "Bytes" else self.b.sext(value, self.i64)
+        return self.b.zext(value, self.i64) if _ARRAYS[kind][0][0] == "u" else self.b.sext(value, self.i64)
 
     def unknown(self, node: ast.AST) -> TypeError:
         return TypeError(f"{self.kernel.__name__}: {ast.unparse(node)!r} is not supported in a kernel")

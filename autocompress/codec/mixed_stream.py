@@ -15,18 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.codec import leb128, mixing
-from autocompress.codec.entropy import matrix_shape
+from autocompress.codec.rans import matrix_shape
 from autocompress.errors import ArtifactError
 
-MOST_ELEMENTS = 1 << 22
-"""Longer streams are left to the fast coder: this one takes up to half a second a million."""
 _TRIES = 1 << 20
 """Elements up to which a sparse matrix is tried in both orientations and with a lag, and the shortest stream taken."""
 _LONGEST_LAG = 256
 
 
 def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
-    """The bytes that `decode` turns back into `symbols`, values 0 to 65535, at most `MOST_ELEMENTS`."""
+    """The bytes that `decode` turns back into `symbols`, values 0 to 65535."""
     rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
     group = math.prod(symbols.shape[2:])
     levels = (symbols.astype(np.int32) - rest).reshape(matrix_shape(symbols.shape))
@@ -42,8 +40,6 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     rest, position = leb128.read(data, 0)
     turned, position = leb128.read(data, position)
     lag, position = leb128.read(data, position)
-    if math.prod(shape) > MOST_ELEMENTS:
-        raise ArtifactError(f"stream is damaged: {math.prod(shape)} symbols, allowed: {MOST_ELEMENTS}")
     if turned > 1 or (turned and len(shape) != 2):
         raise ArtifactError(f"stream is damaged: orientation {turned} of {len(shape)} axes")
     rows, columns = matrix_shape(shape)

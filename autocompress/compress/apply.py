@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.codec.container import Coded, Raw, grid_table
+from autocompress.codec.tensors import Coded, Raw, grid_table
 from autocompress.compress import lowrank, prune, quantize
 from autocompress.compress.artifact import raw_tensor, unique_state
 from autocompress.errors import TrialFailed
-from autocompress.plan import LayerPlan, LayerSpec, Plan
+from autocompress.plan import SHORT_BITS, LayerPlan, LayerSpec, Plan
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_STATE = ("weight", "bias", "running_mean", "running_var")
 SvdSource = Callable[[LayerSpec, str], lowrank.Svd]
 
 
@@ -71,7 +73,7 @@ class Code:
     def values(self) -> Tensor:
         """The weight that the model computes with, in the weight's shape; differentiable."""
         if self.table is not None:
-            kept = quantize.CodebookWeight.apply(self.weights, self.table.sort().values)  # type: ignore[no-untyped-call]
+            kept = quantize.CodebookWeight.apply(self.weights, self.rising())  # type: ignore[no-untyped-call]
         elif self.step is not None:
             kept = quantize.GridWeight.apply(self.weights, self.step, self.bits)  # type: ignore[no-untyped-call]
         elif self.bits == 16:
@@ -89,22 +91,33 @@ class Code:
         if self.table is None and self.step is None:
             dtype = torch.float16 if self.bits == 16 else self.dense.dtype
             return raw_tensor(self.values().to(dtype))
+        grid: tuple[float, int] | None = None
         if self.table is not None:
-            rising = self.table.sort().values
-            used, codes = torch.unique(quantize.nearest(self.weights, rising), return_inverse=True)
-            table, grid = rising[used].float().cpu().numpy(), None
-            if self.pruned:
-                codes, table = codes + 1, np.concatenate([np.zeros(1, np.float32), table])
+            rising = self.rising()
+            entries = torch.cat([rising, rising.new_zeros(int(self.pruned))]).float()  # pruned ones have the last code
+            codes, rest = quantize.nearest(self.weights, rising), len(rising)
         else:
             assert self.step is not None
             level = quantize.to_grid(self.weights, self.bits, self.step).long()
             low = min(int(level.min()), 0)
             grid = (float(np.float32(self.step.item())), low)
-            codes = level - low
-            table = grid_table(*grid, max(int(level.max()), 0) - low + 1)
-        symbols = codes.new_full((self.dense.numel(),), 0 if grid is None else -grid[1])
+            codes, rest = level - low, -low
+            entries = torch.from_numpy(grid_table(*grid, max(int(level.max()), 0) - low + 1))
+        symbols = codes.new_full((self.dense.numel(),), rest)
         symbols[self.positions] = codes
-        return Coded(symbols.view(self.shape).cpu().numpy().astype(np.uint16), table, _name(self.dense.dtype), grid)
+        if grid is None:  # the values that occur, once each, rising
+            occurs = torch.bincount(symbols, minlength=len(entries)) > 0
+            used, place = torch.unique(entries[occurs], return_inverse=True)
+            places = torch.zeros(len(entries), dtype=torch.long, device=symbols.device)
+            places[occurs] = place
+            entries, symbols = used, places[symbols]
+        array = symbols.view(self.shape).cpu().numpy().astype(np.uint16)
+        return Coded(array, entries.cpu().numpy(), _name(self.dense.dtype), grid)
+
+    def rising(self) -> Tensor:
+        """The codebook in rising order and in bfloat16's precision, in which files carry it; differentiable."""
+        assert self.table is not None
+        return _in_short(self.table.sort().values)
 
     def full(self) -> Tensor:
         """All float weights: the trained ones, and the pruned ones as they were."""
@@ -122,11 +135,16 @@ class Compressed:
 
     def __init__(self, module: nn.Module, plan: Plan, codes: Mapping[str, Code], aliases: Mapping[str, str]) -> None:
         self.module, self.plan, self.codes, self.aliases = module, plan, codes, aliases
+        self.shortened = _shortened(module, plan)
 
     def substitutes(self) -> dict[str, Tensor]:
-        """The weights of all codes by state key, shared ones under each of their names."""
+        """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
         values = {key: in_fast_layout(code.values()) for key, code in self.codes.items()}
-        return values | {alias: values[key] for alias, key in self.aliases.items()}
+        values |= {alias: values[key] for alias, key in self.aliases.items()}
+        for key, parameter in self.module.named_parameters():
+            if key in self.shortened:
+                values[key] = _in_short(parameter)
+        return values
 
     def others(self) -> Iterator[nn.Parameter]:
         """The parameters that are trained as they are: all but the coded and the frozen ones."""
@@ -139,7 +157,10 @@ class Compressed:
         """Every tensor of the model's state by key, shared ones once."""
         result: dict[str, Coded | Raw] = {}
         for key, tensor in unique_state(self.module).items():
-            result[key] = self.codes[key].encode() if key in self.codes else raw_tensor(tensor)
+            if key in self.codes:
+                result[key] = self.codes[key].encode()
+            else:
+                result[key] = raw_tensor(tensor.bfloat16() if key in self.shortened else tensor)
         return result
 
     def state(self) -> State:
@@ -192,6 +213,26 @@ def compress(
         if first.get(id(tensor), key) != key and first[id(tensor)] in codes
     }
     return Compressed(module, plan, codes, aliases)
+
+
+def _in_short(tensor: Tensor) -> Tensor:
+    """The tensor at bfloat16's precision, in its own dtype; gradients pass straight through."""
+    return tensor + (tensor.detach().bfloat16().to(tensor) - tensor.detach())
+
+
+def _shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
+    """The keys of float32 tensors that are carried in bfloat16.
+
+    The bias of a layer of 16 bits or fewer; and where all layers have so few, what normalisation
+    layers hold. Their 24 bits would outweigh the codes of a small layer.
+    """
+    short = [name for name, layer in plan.layers.items() if layer.bits <= SHORT_BITS]
+    owners = {f"{name}.1" if plan.layers[name].rank is not None else name: ("bias",) for name in short}
+    if len(short) == len(plan.layers):
+        owners |= {name: _NORM_STATE for name, part in module.named_modules() if isinstance(part, _NORMS)}
+    wanted = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
+    state = unique_state(module)
+    return frozenset(key for key in wanted if key in state and state[key].dtype == torch.float32)
 
 
 def _learned(start: State, old: LayerPlan, new: LayerPlan) -> Mapping[str, Tensor]:

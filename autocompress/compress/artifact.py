@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.codec import container
-from autocompress.codec.container import Artifact, Coded, Raw
+from autocompress.codec.container import Archive, Part
+from autocompress.codec.header import Entry
+from autocompress.codec.tensors import Artifact, Coded, Raw
 from autocompress.compress import architecture, lowrank
 from autocompress.errors import ArtifactError
 from autocompress.plan import LayerPlan, Plan
+
+_SHORT = ("float16", "bfloat16")
+_MANY = 1 << 18
+"""Elements of a file from which it is worth decoding in threads."""
 
 
 def raw_tensor(tensor: Tensor) -> Raw:
@@ -36,8 +44,13 @@ def to_tensor(entry: Coded | Raw) -> Tensor:
     return tensor.view(torch.bfloat16) if entry.dtype == "bfloat16" else tensor
 
 
-def write(model: nn.Module, plan: Plan, tensors: Mapping[str, Coded | Raw], version: str) -> bytes:
-    """The file's bytes. `model` is the uncompressed one: its architecture goes in where it is a standard tree."""
+def write(
+    model: nn.Module, plan: Plan, tensors: Mapping[str, Coded | Raw], version: str, effort: str = container.AUTO
+) -> bytes:
+    """The file's bytes. `model` is the uncompressed one: its architecture goes in where it is a standard tree.
+
+    `effort` is one of `container.EFFORTS`.
+    """
     ranks = {name: [layer.rank, layer.scheme] for name, layer in plan.layers.items() if layer.rank is not None}
     plans = {name: [layer.bits, round(layer.threshold, 6)] for name, layer in plan.layers.items()}
     header: dict[str, Any] = {"made_by": version, "ranks": ranks, "plan": plans}
@@ -46,7 +59,7 @@ def write(model: nn.Module, plan: Plan, tensors: Mapping[str, Coded | Raw], vers
         header["model"] = tree
     else:
         header["class"] = type(model).__name__
-    return container.pack(Artifact(tensors, header))
+    return container.pack(Artifact(tensors, header), effort)
 
 
 def read(path: str | Path) -> Artifact:
@@ -60,24 +73,26 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     `model`, an instance of the original architecture (its weights do not matter), is needed
     unless the model is a tree of nn.Sequential and standard layers; it is copied, not changed.
+    Large files are decoded in several threads (torch.get_num_threads() of them), a part at a time.
     Raises ArtifactError for a damaged file, a missing or a wrong architecture (named by tensor
     and shape). Nothing in the file is executed and nothing that it names is imported.
     """
     source, data = str(path), _bytes_of(path)
+    own = 0 if model is None else sum(tensor.numel() for tensor in unique_state(model).values())
     with _named(path):
-        header = container.read_header(data)
-        shapes = container.shapes(header)
-    module = _skeleton(header, shapes, model, source)  # before memory is taken for tensors
-    own = 0 if model is None else sum(tensor.numel() for tensor in unique_state(module).values())
+        archive = Archive(data, max(container.MAX_ELEMENTS, own))
+    shapes = {name: entry.shape for name, entry in archive.entries.items()}
+    module = _skeleton(archive.header, shapes, model, source)  # before memory is taken for tensors
     with _named(path):
-        artifact = container.unpack(data, max_elements=max(container.MAX_ELEMENTS, own))
-    return _filled(module, artifact)
+        return _filled(module, archive)
 
 
 def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "artifact") -> nn.Module:
     """`load` for an artifact that is decoded already."""
     shapes = {name: tensor.shape for name, tensor in artifact.tensors.items()}
-    return _filled(_skeleton(artifact.header, shapes, model, source), artifact)
+    module = _ready(_skeleton(artifact.header, shapes, model, source), artifact.tensors)
+    fill(module, artifact.tensors)
+    return module.eval()
 
 
 def unique_state(module: nn.Module) -> dict[str, Tensor]:
@@ -134,16 +149,53 @@ def _skeleton(
     return module
 
 
-def _filled(module: nn.Module, artifact: Artifact) -> nn.Module:
+def _ready(module: nn.Module, tensors: Mapping[str, Coded | Raw | Entry]) -> nn.Module:
+    """The module with memory for its tensors, whose dtypes must fit."""
     for key, target in unique_state(module).items():
-        found, wanted = artifact.tensors[key].dtype, str(target.dtype).removeprefix("torch.")
-        if found != wanted and not (found == "float16" and target.is_floating_point()):  # 16 bits of a wider weight
+        found, wanted = tensors[key].dtype, str(target.dtype).removeprefix("torch.")
+        if found != wanted and not (found in _SHORT and target.is_floating_point()):  # 16 bits of a wider weight
             raise ArtifactError(f"{key!r} is {found} in the artifact, {wanted} in the given model")
     if any(tensor.is_meta for tensor in unique_state(module).values()):
         module = module.to_empty(device="cpu")
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # else other kernels, other last bits
-    fill(module, artifact.tensors)
+    return module
+
+
+def _filled(module: nn.Module, archive: Archive) -> nn.Module:
+    """The module with an archive's values, decoded part by part."""
+    module = _ready(module, archive.entries)
+    state = unique_state(module)
+    size = sum(entry.elements for entry in archive.entries.values())
+    threads = torch.get_num_threads() if size > _MANY else 1
+    jobs = ((state[name].detach(), entry.dtype, part) for name, entry in archive.entries.items()
+            for part in archive.parts(name))  # fmt: skip
+    if threads == 1:
+        for job in jobs:
+            _put(*job)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in _ahead(pool, jobs, 4 * threads):
+                done.result()
     return module.eval()
+
+
+def _put(target: Tensor, dtype: str, part: Part) -> None:
+    """Decode a part into its place."""
+    values = torch.from_numpy(np.require(part.values(), requirements=["W", "C"]))
+    if dtype == "bfloat16" and values.dtype == torch.uint16:
+        values = values.view(torch.bfloat16)
+    with torch.no_grad():
+        target.view(-1)[part.start : part.stop].copy_(values)
+
+
+def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[tuple[Tensor, str, Part]], most: int) -> Iterator[Future[None]]:
+    """The jobs' futures in order, no more than `most` of them begun and not taken."""
+    waiting: deque[Future[None]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(_put, *job))
+        if len(waiting) >= most:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:

@@ -1,7 +1,8 @@
 """Writes the golden artifacts, once: `python tests/golden/make.py`. A file that is there is never written again.
 
 They are the promise that a file written today is read for ever; the tests decode them and compare
-with the formulas below. A new format gets new files beside these.
+with the formulas below. A new format gets new files beside these: kinds.acz and model.acz are of the
+first format, those with a 3 of the third.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def structured_mask(rows: int, columns: int) -> np.ndarray:
 
 def kinds():
     """One tensor of each kind and dtype."""
-    from autocompress.codec.container import Artifact, Coded, Raw, grid_table
+    from autocompress.codec.tensors import Artifact, Coded, Raw, grid_table
 
     floats = pattern(60, 31) / 8.0 - 2.0
     sparse = np.where(pattern(400, 13) == 5, pattern(400, 29) - 14.0, 0.0).reshape(20, 20).astype(np.float32)
@@ -120,15 +121,16 @@ def main() -> None:
     from autocompress.compress import apply, artifact, lowrank
     from autocompress.compress.layers import find_layers
 
-    write(HERE / "kinds.acz", container.pack(kinds()))
+    for effort in ("fast",):
+        write(HERE / f"kinds3-{effort}.acz", container.pack(kinds(), effort))
     model, plan = network()
     layers = find_layers(model, lambda m: m(inputs())).layers
     compressed = apply.compress(model, layers, plan, lambda s, k: lowrank.svd(model.get_submodule(s.name).weight, k))
     data = artifact.write(model, plan, compressed.encode(), "golden")
     with torch.no_grad():
         outputs = artifact.restore(container.unpack(data))(inputs())
-    write(HERE / "model.acz", data)
-    write(HERE / "model.json", json.dumps({"outputs": outputs.double().tolist()}, indent=1).encode())
+    write(HERE / "model3.acz", data)
+    write(HERE / "model3.json", json.dumps({"outputs": outputs.double().tolist()}, indent=1).encode())
 
 
 if __name__ == "__main__":
