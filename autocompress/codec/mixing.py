@@ -25,12 +25,13 @@ ONE = 256
 """1.0 as a logit."""
 TOP = 12 * ONE
 """The largest logit."""
-FLAG, SIGN, EXPONENT, MANTISSA = 0, 11, 18, 23
+FLAG, SIGN, EXPONENT, MANTISSA = 0, 11, 18, 24
 """The first predictor of each kind of decision."""
-PREDICTORS = 25
+PREDICTORS = 26
 CONTEXTS = 1 << 13
 """Contexts a predictor has."""
-STRETCH, SQUASH, RATE, LOG = 0, 4096, 4096 + 2 * TOP + 1, 4096 + 2 * TOP + 1 + 256
+STRETCH, SQUASH, RATE = 0, 4096, 4096 + 2 * TOP + 1
+LOG, LEARN = RATE + 1024, RATE + 1024 + 4096
 """Where each table begins, see `_tables`."""
 MOST_BITS = 16
 """Levels are at most 2 ** 16 in magnitude."""
@@ -38,7 +39,7 @@ MOST_SUM = 1 << 30
 """Where sums of magnitudes stop growing."""
 PRIOR = 12
 """Elements that a row's or a column's density counts as seen before its first."""
-SLOWEST, SLOWEST_VALUE = 254, 127
+SLOWEST, SLOWEST_VALUE = 500, 400
 """Observations after which a probability adapts no slower, of flags and of the rest."""
 CONTEXT, LOGIT = 4, 20
 """In `now`: 0 low, 1 high, 2 code, 3 position of the arithmetic coder, then contexts and logits of a decision."""
@@ -61,6 +62,14 @@ def density_class(count: Int, of: Int, prior: Int, table: Int32s) -> Int:
 
 
 @kernel
+def learning(which: Int, weight: Int32s, table: Int32s) -> Int:
+    """The learning rate of a set of weights, which counts its decisions in its last place."""
+    seen = weight[which * 16 + 15]
+    weight[which * 16 + 15] = min(seen + 1, 16 * 1023)
+    return int(table[LEARN + (seen >> 4)])
+
+
+@kernel
 def decide(
     bit: Int, first: Int, predictors: Int, here: Int, near: Int, slowest: Int, encoding: Int,
     now: Int64s, prob: Int32s, weight: Int32s, table: Int32s, data: Bytes, size: Int,
@@ -68,12 +77,12 @@ def decide(
     """Code one decision (`bit` is it when encoding) under the contexts in `now`; learn from it; return it."""
     sum_here = 0
     sum_near = 0
-    fresh = prob[first * CONTEXTS + now[CONTEXT]] & ~255
+    fresh = prob[first * CONTEXTS + now[CONTEXT]] & ~1023
     for k in range(predictors):
         at = (first + k) * CONTEXTS + now[CONTEXT + k]
-        if prob[at] & 255 == 0:
+        if prob[at] & 1023 == 0:
             prob[at] = fresh
-        logit = table[STRETCH + (prob[at] >> 18)]
+        logit = table[STRETCH + (prob[at] >> 19)]
         now[LOGIT + k] = logit
         sum_here += weight[here * 16 + k] * logit
         sum_near += weight[near * 16 + k] * logit
@@ -99,21 +108,23 @@ def decide(
         now[0] = (now[0] & 16777215) << 8
         now[1] = (now[1] & 16777215) << 8 | 255
     truth = 65535 * bit
-    error_here = LEARN * (truth - table[SQUASH + TOP + sum_here])
-    error_near = LEARN * (truth - table[SQUASH + TOP + sum_near])
+    error_here = learning(here, weight, table) * (truth - table[SQUASH + TOP + sum_here])
+    error_near = learning(near, weight, table) * (truth - table[SQUASH + TOP + sum_near])
     for k in range(predictors):
-        weight[here * 16 + k] += (error_here * now[LOGIT + k] + 131072) >> 18
-        weight[near * 16 + k] += (error_near * now[LOGIT + k] + 131072) >> 18
+        weight[here * 16 + k] += (error_here * now[LOGIT + k] + 2097152) >> 22
+        weight[near * 16 + k] += (error_near * now[LOGIT + k] + 2097152) >> 22
         at = (first + k) * CONTEXTS + now[CONTEXT + k]
-        seen = prob[at] & 255
-        p = prob[at] >> 8
-        p += ((truth << 6) - p) * table[RATE + seen] >> 16
-        prob[at] = p << 8 | min(seen + 1, slowest)
+        seen = prob[at] & 1023
+        p = prob[at] >> 10
+        p += ((truth << 5) - p) * table[RATE + seen] >> 16
+        prob[at] = p << 10 | min(seen + 1, slowest)
     return bit
 
 
-LEARN = 4
-"""Learning rate of the weights."""
+@kernel
+def mean_class(total: Int, count: Int, table: Int32s) -> Int:
+    """0 to 63: eight times log2 of the mean magnitude."""
+    return max(0, min(63, (log_class(8 * total + 8, table) - log_class(8 * count + 4, table)) // 3))
 
 
 @kernel
@@ -144,20 +155,22 @@ def code_magnitude(
     now: Int64s, prob: Int32s, weight: Int32s, table: Int32s, row: Int32s, column: Int32s, data: Bytes, size: Int,
 ) -> Int:  # fmt: skip
     """Code a level's magnitude less one: how many bits it has, in unary, then the bits below the first."""
-    near = min(7, near)
-    in_row = min(31, 4 * row[3 * i + 1] // (row[3 * i] + 1))
-    in_column = min(31, 4 * column[3 * j + 1] // (column[3 * j] + 1))
+    in_row = mean_class(row[3 * i + 1], row[3 * i], table)
+    in_column = mean_class(column[3 * j + 1], column[3 * j], table)
+    beside = min(15, log_class(near + 1, table) // 12)
     bits = 0
     more = 1
     while more and bits < MOST_BITS:
         now[CONTEXT] = bits
-        now[CONTEXT + 1] = bits * 8 + near
-        now[CONTEXT + 2] = bits * 32 + in_row
-        now[CONTEXT + 3] = bits * 32 + in_column
-        now[CONTEXT + 4] = (bits * 16 + c) * 2 + plus
+        now[CONTEXT + 1] = bits * 64 + in_row
+        now[CONTEXT + 2] = bits * 64 + in_column
+        now[CONTEXT + 3] = (bits * 16 + c) * 2 + plus
+        now[CONTEXT + 4] = bits * 128 + in_row + in_column
+        now[CONTEXT + 5] = bits * 256 + (in_row + in_column >> 3) * 16 + beside
         here = 48 + min(7, bits)
+        side = 48 + min(7, beside)
         bit = int(rest >> bits > 0)
-        more = decide(bit, EXPONENT, 5, here, 48 + near, SLOWEST_VALUE, encoding, now, prob, weight, table, data, size)
+        more = decide(bit, EXPONENT, 6, here, side, SLOWEST_VALUE, encoding, now, prob, weight, table, data, size)
         bits += more
     known = min(1, bits)
     for k in range(bits - 1):
@@ -322,23 +335,26 @@ def _run(
 
 @cache
 def _start() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Probabilities (22 bits, and 8 of the observations so far) and weights before anything is seen."""
-    prob = np.full((PREDICTORS, CONTEXTS), 1 << 29, np.int32)
+    """Probabilities (21 bits, and 10 of the observations so far) and weights before anything is seen."""
+    prob = np.full((PREDICTORS, CONTEXTS), 1 << 30, np.int32)
     halves = [2.0 ** (-k / 3) for k in range(31)]  # the root of the two densities' product
-    first = [[round(min(0.9, max(1e-3, halves[r + c])) * (1 << 22)) << 8 | 1 for c in range(16)] for r in range(16)]
+    first = [[round(min(0.9, max(1e-3, halves[r + c])) * (1 << 21)) << 10 | 1 for c in range(16)] for r in range(16)]
     prob[FLAG, :256] = np.array(first).ravel()
     weight = np.full((64, 16), 11000, np.int32)
     weight[32:] = 16000
     weight[60] = 33000
+    weight[:, 15] = 0
     return prob.ravel(), weight.ravel()
 
 
 @cache
 def _tables() -> NDArray[np.int32]:
-    """Logit of a 12-bit probability; 16-bit probability of a logit; 16-bit rate after n observations; 24 log2."""
+    """Logit of a 12-bit probability; 16-bit probability of a logit; 16-bit rate after n observations; 24 log2 of a
+    number; learning rate after 16 n decisions."""
     p = (np.arange(4096) + 0.5) / 4096
     stretch = np.rint(ONE * np.log(p / (1 - p)))
     squash = np.clip(np.rint(65536 / (1 + np.exp(-np.arange(-TOP, TOP + 1) / ONE))), 2, 65534)
-    rate = 655360 // (10 * np.arange(256) + 22)
+    rate = 655360 // (10 * np.arange(1024) + 22)
     log = np.floor(24 * np.log2(np.maximum(np.arange(4096), 1)))
-    return np.concatenate([stretch, squash, rate, log]).astype(np.int32)
+    learn = 16 + 240 * 600 // (600 + 16 * np.arange(1024))
+    return np.concatenate([stretch, squash, rate, log, learn]).astype(np.int32)
