@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from autocompress.codec.tensors import Coded, Raw, grid_table
 from autocompress.compress import lowrank, prune, quantize
 from autocompress.compress.artifact import raw_tensor, unique_state
+from autocompress.compress.runtime import as_call
 from autocompress.errors import TrialFailed
 from autocompress.plan import SHORT_BITS, LayerPlan, LayerSpec, Plan
 
@@ -297,10 +298,3 @@ def call_with(module: nn.Module, substitutes: Mapping[str, Tensor], inputs: Any)
     """The module's output with some of its tensors substituted, for a tensor, tuple or mapping of inputs."""
     args, kwargs = as_call(inputs)
     return torch.func.functional_call(module, dict(substitutes), args, kwargs, tie_weights=False)
-
-
-def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a model call for one batch of inputs."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
