@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.codec import container, header, leb128, mixed_stream, plain, rans, tables
+from autocompress.codec import container, header, huffman, leb128, mixed_stream, plain, rans, tables
 from autocompress.codec.container import Archive, Artifact, Coded, Raw, grid_table, pack, unpack
 from autocompress.codec.tensors import DTYPES
 from autocompress.errors import ArtifactError
@@ -137,8 +137,9 @@ def test_the_shorter_coder_is_taken_and_each_is_read(monkeypatch):
     kinds = {effort: [e.kind for e in header.read(packed).entries] for effort, packed in data.items()}
     assert kinds == {
         "auto": ["coded/max", "coded/fast"], "fast": ["coded/fast"] * 2, "max": ["coded/max"] * 2,
+        "huffman": ["coded/huffman"] * 2,
     }  # fmt: skip
-    assert len(data["auto"]) <= len(data["max"]) < len(data["fast"])
+    assert len(data["auto"]) <= len(data["max"]) < len(data["fast"]) < len(data["huffman"])
     for packed in data.values():
         same(unpack(packed), artifact)
     monkeypatch.setattr(container, "MOST_MIXED", 0)
@@ -360,9 +361,9 @@ def test_bombs_are_not_inflated():
     refused(one([16], leb128.write(len(mask)) + mask + b"\x44" + bomb, "sparse/fast"), "wrong length")
 
 
-@pytest.mark.parametrize("coder", ["fast", "max"])
+@pytest.mark.parametrize("coder", ["fast", "max", "huffman"])
 def test_a_symbol_outside_its_table_is_refused(coder):
-    encode = {"fast": rans.encode, "max": mixed_stream.encode}[coder]
+    encode = {"fast": rans.encode, "max": mixed_stream.encode, "huffman": huffman.encode}[coder]
     stream = encode(np.array([[0, 3], [1, 2]]))
     table = tables.encode(np.arange(3, dtype=np.float32), mixed=False)
     refused(one([2, 2], table + stream, f"coded/{coder}"), "symbol 3 of a table of 3")

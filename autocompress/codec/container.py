@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.codec import first_format, header, leb128, mixed_stream, plain, rans, tables
-from autocompress.codec.header import FAST, MAX, Entry
+from autocompress.codec import first_format, header, huffman, leb128, mixed_stream, plain, rans, tables
+from autocompress.codec.header import FAST, HUFFMAN, MAX, Entry
 from autocompress.codec.tensors import Artifact, Coded, Raw, grid_table, numpy_type
 from autocompress.errors import ArtifactError
 
 AUTO = "auto"
-EFFORTS = (AUTO, FAST, MAX)
-"""`pack`'s efforts: the fast coder, the max coder, the shorter of both for files that are not large."""
+EFFORTS = (AUTO, FAST, MAX, HUFFMAN)
+"""`pack`'s efforts: the fast coder, the max coder, the shorter of both for files that are not large, Huffman codes."""
 MAX_ELEMENTS = 1 << 30
 """Elements of all tensors together that a file may ask for, unless the reader allows more."""
 MOST_MIXED = 1 << 22
@@ -179,6 +179,8 @@ def _encode(tensor: Raw | Coded, effort: str) -> tuple[str, bytes]:
 
 def _encode_symbols(symbols: NDArray[Any], effort: str) -> tuple[str, bytes]:
     """The coder that an effort comes to, and its stream."""
+    if effort == HUFFMAN:
+        return HUFFMAN, huffman.encode(symbols)
     ways = []
     if effort != MAX:
         ways.append((FAST, rans.encode(symbols)))
@@ -190,7 +192,7 @@ def _encode_symbols(symbols: NDArray[Any], effort: str) -> tuple[str, bytes]:
     return coder, stream
 
 
-_DECODERS = {FAST: rans.decode, MAX: mixed_stream.decode}
+_DECODERS = {FAST: rans.decode, MAX: mixed_stream.decode, HUFFMAN: huffman.decode}
 
 
 def _decode(entry: Entry, stream: bytes) -> Raw | Coded:
@@ -198,8 +200,6 @@ def _decode(entry: Entry, stream: bytes) -> Raw | Coded:
         if plain.is_mixed(stream) != (entry.coder == MAX):
             raise ArtifactError("its kind does not fit its coder")
         return Raw(plain.decode(stream, entry.dtype, entry.elements).reshape(entry.shape), entry.dtype)
-    if entry.coder not in _DECODERS:
-        raise ArtifactError(f"its coder is {entry.coder}, which is not built yet")
     decode = _DECODERS[entry.coder]
     if entry.kind.startswith("sparse"):
         length, position = leb128.read(stream, 0)
