@@ -184,16 +184,17 @@ def test_a_tree_that_shares_weights_asks_for_the_model(tmp_path):
         assert torch.equal(loaded(ROWS), outputs)
 
 
-def test_the_golden_model_is_read_for_ever():
+@pytest.mark.parametrize("name", ["model", "model3"])
+def test_the_golden_model_is_read_for_ever(name):
     sys.path.insert(0, str(GOLDEN))
     try:
         from make import inputs
     finally:
         sys.path.remove(str(GOLDEN))
-    model = ac.load(GOLDEN / "model.acz")
+    model = ac.load(GOLDEN / f"{name}.acz")
     with torch.no_grad():
         outputs = model(inputs())
-    wanted = torch.tensor(json.loads((GOLDEN / "model.json").read_text())["outputs"])
+    wanted = torch.tensor(json.loads((GOLDEN / f"{name}.json").read_text())["outputs"])
     assert torch.allclose(outputs, wanted, atol=1e-5)
 
 

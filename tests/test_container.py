@@ -51,7 +51,7 @@ def same(one, other):
             assert np.ascontiguousarray(a.array).tobytes() == np.ascontiguousarray(b.array).tobytes(), name
 
 
-@pytest.mark.parametrize("effort", ["fast"])
+@pytest.mark.parametrize("effort", container.EFFORTS)
 def test_golden_tensors_are_read_for_ever(effort):
     data = (GOLDEN / f"kinds3-{effort}.acz").read_bytes()
     same(unpack(data), golden().kinds())
@@ -59,7 +59,9 @@ def test_golden_tensors_are_read_for_ever(effort):
 
 
 def test_golden_files_are_all_there_and_are_never_written_again(tmp_path, capsys):
-    for name in ("kinds.acz", "model.acz", "model.json"):
+    for name in (
+        "kinds.acz", "model.acz", "model.json", "kinds3-auto.acz", "kinds3-huffman.acz", "model3.acz", "model3.json",
+    ):  # fmt: skip
         assert (GOLDEN / name).stat().st_size > 300, name
     (tmp_path / "x.acz").write_bytes(b"old")
     golden().write(tmp_path / "x.acz", b"new")

@@ -103,7 +103,7 @@ def test_nothing_but_zeros_costs_nearly_nothing():
 
 GOLDEN = (
     [[0, 0, 3, 0, -1, 0], [0, 0, 0, 0, 0, 0], [1, 0, -2, 0, 0, 40000]],
-    "2162f3f1893eb2c479d3",
+    "389202ec4488eafd0e",
 )
 
 
@@ -142,5 +142,9 @@ def test_values_that_are_not_allowed_are_refused():
     for lag, group in ((1, 1), (-1, 1), (0, 0), (1 << 64, 1), (0, 1 << 60)):
         with pytest.raises(ValueError, match=f"lag is {lag} and group {group}"):
             mixing.encode(np.zeros((2, 2), int), lag, group)
-    with pytest.raises(ArtifactError, match="orientation 2 of 2 axes"):
-        mixed_stream.decode(bytes([0, 2, 0]), (3, 4))
+    with pytest.raises(ValueError, match="pace is 2, allowed: 0 to 1"):
+        mixing.encode(np.zeros((2, 2), int), pace=2)
+    with pytest.raises(ArtifactError, match="a transposed matrix of 3 axes"):
+        mixed_stream.decode(bytes([0, 1, 0]), (3, 4, 1))
+    with pytest.raises(ArtifactError, match="pace is 2"):
+        mixed_stream.decode(bytes([0, 8, 0]), (3, 4))

@@ -1,9 +1,9 @@
 """A stream of symbols of any shape through the max coder (`mixing`).
 
-Layout: three numbers (see `leb128`): the rest symbol, which becomes level zero; the orientation,
-0 for the first axis as rows, 1 for the transposed matrix; the lag. Then the coder's bytes. A
-symbol is the rest symbol plus its level; the columns of one kernel (all axes after the second)
-form a group.
+Layout: two numbers (see `leb128`): the rest symbol, which becomes level zero; the way, the sum of 1
+for the transposed matrix, 2 for a lag, which follows as a number, and 4 for each step of the pace.
+Then the coder's bytes. A symbol is the rest symbol plus its level; the columns of one kernel (all
+axes after the second) form a group.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from autocompress.errors import ArtifactError
 
 _TRIES = 1 << 20
 """Elements up to which a sparse matrix is tried in both orientations and with a lag, and the shortest stream taken."""
+_FEW = 1 << 12
+"""Levels other than zero up to which every pace is tried."""
 _LONGEST_LAG = 256
 
 
@@ -32,22 +34,25 @@ def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
     ways = [(0, lag) for lag in _lags(levels, symbols.shape, searched)]
     if symbols.ndim == 2 and searched:
         ways.append((1, 0))
-    return min((_coded(levels, rest, turned, lag, max(1, group)) for turned, lag in ways), key=len)
+    few = searched and np.count_nonzero(levels) <= _FEW
+    paces = range(len(mixing.PACES) if few else 1)
+    return min((_coded(levels, rest, (*way, pace), max(1, group)) for way in ways for pace in paces), key=len)
 
 
 def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     """The symbols of `encode`, uint16. Raises ArtifactError for a stream that cannot be one."""
     rest, position = leb128.read(data, 0)
-    turned, position = leb128.read(data, position)
-    lag, position = leb128.read(data, position)
-    if turned > 1 or (turned and len(shape) != 2):
-        raise ArtifactError(f"stream is damaged: orientation {turned} of {len(shape)} axes")
+    way, position = leb128.read(data, position)
+    turned, pace = way & 1, way >> 2
+    lag, position = leb128.read(data, position) if way & 2 else (0, position)
+    if turned and len(shape) != 2:
+        raise ArtifactError(f"stream is damaged: a transposed matrix of {len(shape)} axes")
     rows, columns = matrix_shape(shape)
     try:
         if turned:
-            levels = mixing.decode(data[position:], (columns, rows), lag).T
+            levels = mixing.decode(data[position:], (columns, rows), lag, 1, pace).T
         else:
-            levels = mixing.decode(data[position:], (rows, columns), lag, max(1, math.prod(shape[2:])))
+            levels = mixing.decode(data[position:], (rows, columns), lag, max(1, math.prod(shape[2:])), pace)
     except ValueError as error:
         raise ArtifactError(f"stream is damaged: {error}") from error
     symbols = levels.astype(np.int64) + rest
@@ -56,9 +61,12 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     return symbols.astype(np.uint16).reshape(shape)
 
 
-def _coded(levels: NDArray[np.int32], rest: int, turned: int, lag: int, group: int) -> bytes:
-    head = leb128.write(rest, turned, lag)
-    return head + (mixing.encode(levels.T) if turned else mixing.encode(levels, lag, group))
+def _coded(levels: NDArray[np.int32], rest: int, way: tuple[int, int, int], group: int) -> bytes:
+    """The stream of levels transposed or not, with a lag and a pace."""
+    turned, lag, pace = way
+    told = turned | (lag > 0) << 1 | pace << 2
+    head = leb128.write(rest, told, lag) if lag else leb128.write(rest, told)
+    return head + (mixing.encode(levels.T, 0, 1, pace) if turned else mixing.encode(levels, lag, group, pace))
 
 
 def _lags(levels: NDArray[np.int32], shape: tuple[int, ...], searched: bool) -> list[int]:

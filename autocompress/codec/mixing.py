@@ -25,9 +25,9 @@ ONE = 256
 """1.0 as a logit."""
 TOP = 12 * ONE
 """The largest logit."""
-FLAG, SIGN, EXPONENT, MANTISSA = 0, 11, 18, 24
+FLAG, SIGN, EXPONENT, MANTISSA = 0, 8, 13, 19
 """The first predictor of each kind of decision."""
-PREDICTORS = 26
+PREDICTORS = 21
 CONTEXTS = 1 << 13
 """Contexts a predictor has."""
 STRETCH, SQUASH, RATE = 0, 4096, 4096 + 2 * TOP + 1
@@ -37,8 +37,10 @@ MOST_BITS = 16
 """Levels are at most 2 ** 16 in magnitude."""
 MOST_SUM = 1 << 30
 """Where sums of magnitudes stop growing."""
-PRIOR = 12
+PRIOR = 20
 """Elements that a row's or a column's density counts as seen before its first."""
+PACES = (240, 40)
+"""How much faster than in the end the weights learn at first; the smaller suits matrices of a few hundred levels."""
 SLOWEST, SLOWEST_VALUE = 500, 400
 """Observations after which a probability adapts no slower, of flags and of the rest."""
 CONTEXT, LOGIT = 4, 20
@@ -139,14 +141,12 @@ def code_sign(
     sign_column = column[3 * j + 2]
     now[CONTEXT] = 0
     now[CONTEXT + 1] = sign_left * 3 + sign_back
-    now[CONTEXT + 2] = sign_column
-    now[CONTEXT + 3] = sign_row * 3 + sign_back
-    now[CONTEXT + 4] = i & 8191
-    now[CONTEXT + 5] = sign_left * 9 + sign_column * 3 + sign_row
-    now[CONTEXT + 6] = j & 8191
+    now[CONTEXT + 2] = sign_row * 3 + sign_back
+    now[CONTEXT + 3] = sign_left * 9 + sign_column * 3 + sign_row
+    now[CONTEXT + 4] = j & 8191
     here = 32 + sign_left
     near = 32 + sign_column * 3 + sign_back
-    return decide(plus, SIGN, 7, here, near, SLOWEST_VALUE, encoding, now, prob, weight, table, data, size)
+    return decide(plus, SIGN, 5, here, near, SLOWEST_VALUE, encoding, now, prob, weight, table, data, size)
 
 
 @kernel
@@ -227,22 +227,19 @@ def code_levels(
             now[CONTEXT + 1] = r * 16 + (left != 0) * 8 + (up != 0) * 4 + (back != 0) * 2 + (left2 != 0)
             beside = (left != 0) * 16 + (back != 0) * 8 + (back_right != 0) * 4 + (left2 != 0) * 2 + (back_left != 0)
             now[CONTEXT + 2] = c * 32 + beside
-            now[CONTEXT + 3] = n * 16 + c
-            now[CONTEXT + 4] = n * 16 + r
-            now[CONTEXT + 5] = j & 8191
-            now[CONTEXT + 6] = i & 8191
-            now[CONTEXT + 7] = (r * 16 + c) * 4 + (left != 0) * 2 + (back != 0)
-            now[CONTEXT + 8] = min(31, in_row) * 32 + min(31, in_column)
-            now[CONTEXT + 9] = (n * 16 + r) * 16 + c
-            now[CONTEXT + 10] = c * 16 + r
+            now[CONTEXT + 3] = j & 8191
+            now[CONTEXT + 4] = i & 8191
+            now[CONTEXT + 5] = min(31, in_row) * 32 + min(31, in_column)
+            now[CONTEXT + 6] = (n * 16 + r) * 16 + c
+            now[CONTEXT + 7] = n * 16 + r
             if group > 1:
                 g = density_class(column[3 * columns + 3 + part], i * group, prior, table)
-                now[CONTEXT + 9] = (g * 16 + n) * 4 + min(3, in_group)
-                now[CONTEXT + 10] = min(inside, 2047) * 4 + min(3, in_group)
+                now[CONTEXT + 6] = (g * 16 + n) * 4 + min(3, in_group)
+                now[CONTEXT + 7] = min(inside, 2047) * 4 + min(3, in_group)
             here = (in_column == 0) + 2 * (in_row == 0) + 4 * (i < rows >> 3) + 8 * (j < columns >> 3)
             near = (left != 0) + 2 * (back != 0) + 4 * (up != 0) + 8 * (c > 8) + 16 * (r > 8)
             level = levels[at] if encoding else 0
-            if decide(level != 0, FLAG, 11, here, near, SLOWEST, encoding, now, prob, weight, table, data, size):
+            if decide(level != 0, FLAG, 8, here, near, SLOWEST, encoding, now, prob, weight, table, data, size):
                 plus = code_sign(
                     level > 0, i, j, left, back, encoding, now, prob, weight, table, row, column, data, size
                 )
@@ -259,40 +256,44 @@ def code_levels(
     return int(now[3])
 
 
-def encode(levels: NDArray[np.integer[Any]], lag: int = 0, group: int = 1) -> bytes:
+def encode(levels: NDArray[np.integer[Any]], lag: int = 0, group: int = 1, pace: int = 0) -> bytes:
     """The bytes of a matrix of levels, at most 2 ** 16 in magnitude.
 
     `lag`: a column's likely relative is that many columns before it (the pixel above, in a layer
     that reads images), at least 2, or 0 for none. `group`: that many columns in a row belong
-    together (a convolution's kernel). Raises ValueError for values that are not allowed.
+    together (a convolution's kernel). `pace`: a place in `PACES`. Raises ValueError for values that
+    are not allowed.
     """
-    _check(lag, group)
+    _check(lag, group, pace)
     if levels.size and max(-int(levels.min()), int(levels.max())) > 1 << MOST_BITS:
         raise ValueError(f"levels are {levels.min()} to {levels.max()}, allowed: up to {1 << MOST_BITS} in magnitude")
     flat = np.ascontiguousarray(levels, dtype=np.int32).reshape(-1)
     prior = _prior(int(np.count_nonzero(flat)), flat.size)
     data = np.zeros(4 * flat.size + 64, np.uint8)
-    now = _run(flat, levels.shape, lag, group, prior, data, code=None)
+    now = _run(flat, levels.shape, (lag, group, pace), prior, data, code=None)
     if now[3] > data.size:  # more than 32 bits a level
         data = np.zeros(int(now[3]), np.uint8)
-        now = _run(flat, levels.shape, lag, group, prior, data, code=None)
+        now = _run(flat, levels.shape, (lag, group, pace), prior, data, code=None)
     coded = data[: now[3]].tobytes() + _between(int(now[0]), int(now[1]))
     return bytes([prior]) + coded.rstrip(b"\0")
 
 
-def decode(data: bytes, shape: tuple[int, ...], lag: int = 0, group: int = 1) -> NDArray[np.int32]:
+def decode(data: bytes, shape: tuple[int, ...], lag: int = 0, group: int = 1, pace: int = 0) -> NDArray[np.int32]:
     """The matrix of `encode`, int32. Bytes that are damaged give other levels; bytes after the end count as zeros.
 
-    Raises ValueError for a lag or a group that is not allowed.
+    Raises ValueError for a lag, a group or a pace that is not allowed.
     """
-    _check(lag, group)
+    _check(lag, group, pace)
     levels = np.zeros(shape, np.int32)
     body = np.frombuffer(data[1:].ljust(4, b"\0"), np.uint8)
-    _run(levels.reshape(-1), shape, lag, group, max(1, data[0] if data else 1), body, code=int.from_bytes(body[:4]))
+    prior = max(1, data[0] if data else 1)
+    _run(levels.reshape(-1), shape, (lag, group, pace), prior, body, code=int.from_bytes(body[:4]))
     return levels
 
 
-def _check(lag: int, group: int) -> None:
+def _check(lag: int, group: int, pace: int) -> None:
+    if not 0 <= pace < len(PACES):
+        raise ValueError(f"pace is {pace}, allowed: 0 to {len(PACES) - 1}")
     if not (lag == 0 or 2 <= lag < 1 << 31) or not 1 <= group < 1 << 31:
         raise ValueError(
             f"lag is {lag} and group {group}, allowed: a lag of 0 or 2 to 2^31 - 1, a group of 1 to 2^31 - 1"
@@ -301,7 +302,7 @@ def _check(lag: int, group: int) -> None:
 
 def _prior(nonzero: int, size: int) -> int:
     """Ten times the nonzero elements that `PRIOR` elements hold, at least 1: one byte."""
-    return max(1, round(10 * PRIOR * nonzero / max(1, size)))
+    return max(1, min(255, round(10 * PRIOR * nonzero / max(1, size))))
 
 
 def _between(low: int, high: int) -> bytes:
@@ -313,22 +314,21 @@ def _between(low: int, high: int) -> bytes:
 def _run(
     flat: NDArray[np.int32],
     shape: tuple[int, ...],
-    lag: int,
-    group: int,
+    way: tuple[int, int, int],
     prior: int,
     data: NDArray[np.uint8],
     *,
     code: int | None,
 ) -> NDArray[np.int64]:
     """Code the levels into the data, or out of it where its first four bytes are given as `code`; `now` afterwards."""
-    rows, columns = shape
+    (rows, columns), (lag, group, pace) = shape, way
     now = np.zeros(40, np.int64)
     if not flat.size:
         return now
     prob, weight = _start()
     row, column = np.zeros(3 * rows, np.int32), np.zeros(3 * columns + 4 + columns // group, np.int32)
     now[:4] = (0, 0xFFFFFFFF, code or 0, 0 if code is None else 4)
-    state = (now, prob.copy(), weight.copy(), _tables(), row, column)
+    state = (now, prob.copy(), weight.copy(), _tables(pace), row, column)
     code_levels(flat, rows, columns, lag, group, prior, int(code is None), *state, data, data.size)
     return now
 
@@ -340,21 +340,22 @@ def _start() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     halves = [2.0 ** (-k / 3) for k in range(31)]  # the root of the two densities' product
     first = [[round(min(0.9, max(1e-3, halves[r + c])) * (1 << 21)) << 10 | 1 for c in range(16)] for r in range(16)]
     prob[FLAG, :256] = np.array(first).ravel()
-    weight = np.full((64, 16), 11000, np.int32)
-    weight[32:] = 16000
+    weight = np.full((64, 16), 7500, np.int32)
+    weight[32:] = 12000
+    weight[48:] = 11000
     weight[60] = 33000
     weight[:, 15] = 0
     return prob.ravel(), weight.ravel()
 
 
 @cache
-def _tables() -> NDArray[np.int32]:
+def _tables(pace: int = 0) -> NDArray[np.int32]:
     """Logit of a 12-bit probability; 16-bit probability of a logit; 16-bit rate after n observations; 24 log2 of a
     number; learning rate after 16 n decisions."""
     p = (np.arange(4096) + 0.5) / 4096
     stretch = np.rint(ONE * np.log(p / (1 - p)))
     squash = np.clip(np.rint(65536 / (1 + np.exp(-np.arange(-TOP, TOP + 1) / ONE))), 2, 65534)
-    rate = 655360 // (10 * np.arange(1024) + 22)
+    rate = 655360 // (10 * np.arange(1024) + 24)
     log = np.floor(24 * np.log2(np.maximum(np.arange(4096), 1)))
-    learn = 16 + 240 * 600 // (600 + 16 * np.arange(1024))
+    learn = 16 + PACES[pace] * 600 // (600 + 16 * np.arange(1024))
     return np.concatenate([stretch, squash, rate, log, learn]).astype(np.int32)

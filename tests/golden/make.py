@@ -121,7 +121,7 @@ def main() -> None:
     from autocompress.compress import apply, artifact, lowrank
     from autocompress.compress.layers import find_layers
 
-    for effort in ("fast",):
+    for effort in container.EFFORTS:
         write(HERE / f"kinds3-{effort}.acz", container.pack(kinds(), effort))
     model, plan = network()
     layers = find_layers(model, lambda m: m(inputs())).layers
