@@ -32,7 +32,7 @@ _log = logging.getLogger("autocompress")
 DEFAULT_TRIALS = 40
 RUNGS = (0.0, 0.25, 1.0)
 """Shares of the finetuning at which a trial is measured; it may be stopped at the one in the middle."""
-_PACKAGES = ("torch", "optuna", "ray", "mlflow", "numpy", "constriction")
+_PACKAGES = ("torch", "optuna", "ray", "mlflow", "numpy", "llvmlite")
 
 
 def search(
@@ -47,6 +47,7 @@ def search(
     sampler: str = "tpe",
     time_budget: str | float | None = None,
     finetune_epochs: float | None = None,
+    effort: str = "auto",
     tracking_uri: str | None = None,
     data_dir: str | Path | None = None,
     address: str | None = None,
@@ -58,13 +59,16 @@ def search(
 
     `trials` counts all trials of the study. A study of that `name` is continued if task, data,
     space and seed are the same (StudyError otherwise). `time_budget` ("10m" or seconds) ends the
-    search early; what is finished is kept. The task's model is never changed. Raises TaskError,
-    SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt when it is stopped.
+    search early; what is finished is kept. `effort` is the coder of the artifacts: "auto" (the
+    shortest of ours), "fast", "max", or "huffman" (Deep Compression's). The task's model is never
+    changed. Raises TaskError, SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt
+    when it is stopped.
     """
     from autocompress import engine
     from autocompress.search.samplers import check_sampler
 
     check_numbers(trials, seed, finetune_epochs)
+    check_effort(effort)
     engine.plan_cluster(workers, address)
     check_sampler(sampler)
     budget = None if time_budget is None else parse_time(time_budget)
@@ -84,6 +88,7 @@ def search(
         sampler=sampler,
         budget=budget,
         epochs=finetune_epochs,
+        effort=effort,
         tracking_uri=tracking_uri,
         address=address,
         command=command or f"autocompress.search({task.name!r})",
@@ -134,6 +139,7 @@ def resume(
         sampler=settings.sampler,
         budget=None if time_budget is None else parse_time(time_budget),
         epochs=settings.epochs,
+        effort=settings.effort,
         tracking_uri=tracking_uri,
         address=address,
         command=settings.command,
@@ -162,6 +168,7 @@ def _search(
     sampler: str,
     budget: float | None,
     epochs: float | None,
+    effort: str,
     tracking_uri: str | None,
     address: str | None,
     command: str,
@@ -176,7 +183,7 @@ def _search(
     from autocompress.tasks.batches import metric_name
     from autocompress.tasks.checking import check_task
     from autocompress.tasks.fingerprint import fingerprint
-    from autocompress.trial import Workbench
+    from autocompress.trial import Workbench, run_trial
 
     cluster = engine.plan_cluster(workers, address)
     check_sampler(sampler)
@@ -203,6 +210,7 @@ def _search(
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         versions=versions(),
         origin=origin,
+        effort=effort,
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)
@@ -228,7 +236,8 @@ def _search(
         session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
             if left:
-                engine.run(task, session, cluster, left, settings.rungs)
+                trial = None if settings.effort == "auto" else partial(run_trial, effort=settings.effort)
+                engine.run(task, session, cluster, left, settings.rungs, trial=trial)
             _note_tests(store, records, task, bench)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
@@ -351,6 +360,7 @@ def _same_study(old: Settings, new: Settings) -> None:
         ("seed", old.seed, new.seed),
         ("sampler", old.sampler, new.sampler),
         ("finetune-epochs", old.epochs, new.epochs),
+        ("effort", old.effort, new.effort),
     )
     for what, before, now in pairs:
         if before != now:
@@ -363,6 +373,13 @@ def versions() -> dict[str, str]:
 
     found = {package: version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), "autocompress": autocompress.__version__, **found}
+
+
+def check_effort(effort: str) -> None:
+    from autocompress.codec.container import EFFORTS
+
+    if effort not in EFFORTS:
+        raise UsageError(f"effort is {effort!r}, allowed: {', '.join(EFFORTS)}")
 
 
 def check_numbers(trials: int, seed: int, epochs: float | None) -> None:

@@ -45,15 +45,16 @@ class Point:
         task = self._study.task
         return load(self.artifact, model=None if task is None else task.model)
 
-    def export(self, out: str | Path, format: str = "onnx") -> dict[str, Any]:
+    def export(self, out: str | Path, format: str = "onnx", effort: str | None = None) -> dict[str, Any]:
         """Write and verify a deployment ("onnx", "torch" or "archive") in the folder; its manifest.
 
-        Raises ExportError where it cannot be made or does not give the artifact's results.
+        `effort` codes an archive anew ("auto", "fast", "max" or "huffman"); without it the archive
+        is the trial's own file. Raises ExportError where it cannot be made or does not give the artifact's results.
         """
         from autocompress.deploy.export import export
 
         self._check_file()
-        return export(self.artifact, self._study.required_task(), format, Path(out), self._facts())
+        return export(self.artifact, self._study.required_task(), format, Path(out), self._facts(), effort=effort)
 
     def _facts(self) -> dict[str, Any]:
         """What a manifest says of where the file came from."""

@@ -169,17 +169,24 @@ class Workbench:
 
 
 def run_trial(
-    task: Task | Workbench, plan: Plan, budget: Budget | None = None, seed: int = 0, start: apply.State | None = None
+    task: Task | Workbench,
+    plan: Plan,
+    budget: Budget | None = None,
+    seed: int = 0,
+    start: apply.State | None = None,
+    *,
+    effort: str = container.AUTO,
 ) -> Iterator[Outcome]:
     """The outcomes of a plan, one at each rung of the budget, from a model that the file decodes to.
 
-    `start` is the state of a finished trial to go on from. Nothing global is changed: the random
+    `start` is the state of a finished trial to go on from, `effort` the coder of the files
+    (`codec.container.EFFORTS`). Nothing global is changed: the random
     state is put back between outcomes. Raises PlanError for a plan that the layers cannot carry
     out and TrialFailed where the loss or the metric is not finite.
     """
     bench = task if isinstance(task, Workbench) else Workbench(task)
     check(plan, bench.layers)
-    steps = _outcomes(bench, plan, budget or Budget(), seed, start)
+    steps = _outcomes(bench, plan, budget or Budget(), seed, start, effort=effort)
     generator = _Seeded(seed)
     while True:
         with generator:
@@ -189,7 +196,9 @@ def run_trial(
         yield outcome
 
 
-def _outcomes(bench: Workbench, plan: Plan, budget: Budget, seed: int, start: apply.State | None) -> Iterator[Outcome]:
+def _outcomes(
+    bench: Workbench, plan: Plan, budget: Budget, seed: int, start: apply.State | None, *, effort: str
+) -> Iterator[Outcome]:
     began = time.monotonic()
     recipe, specs = plan.recipe, bench.layers
     model = apply.compress(bench.model, specs, plan, bench.svd, start)
@@ -198,7 +207,7 @@ def _outcomes(bench: Workbench, plan: Plan, budget: Budget, seed: int, start: ap
     feed = bench.feed(seed, recipe.distillation > 0) if epochs > 0 else None
     reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
     for rung, epoch in enumerate(reached):
-        data = artifact.write(bench.task.model, plan, model.encode(), autocompress.__version__)
+        data = artifact.write(bench.task.model, plan, model.encode(), autocompress.__version__, effort)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         metric = evaluate(bench.task, decoded, "val")
         numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, plan), time.monotonic() - began)

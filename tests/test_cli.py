@@ -123,6 +123,10 @@ def test_bad_options_of_search(fail, work, options, words):
         (("ui", "none"), "study 'none' does not exist in"),
         (("export", "none", "-o", "x"), "study 'none' does not exist in"),
         (("export", "none"), "-o"),
+        (("export", "none", "-o", "x", "--effort", "most"), "effort is 'most', allowed: auto, fast, max"),
+        (("export", "none", "-o", "x", "--coder", "gzip"), "coder is 'gzip', allowed: huffman"),
+        (("search", "waves.py:task", "--effort", "fast", "--coder", "huffman"), "not allowed with"),
+        (("search", "waves.py:task", "--effort", "huffman"), "effort is 'huffman', allowed: auto, fast, max"),
         (("data", "get", "cifar"), "'cifar'"),
         (("data",), "get"),
         (("inspect", "none.acz"), "file 'none.acz' does not exist"),
@@ -326,6 +330,7 @@ def test_bad_picks_and_formats(study, fail):
         (("--format", "tflite"), "'tflite'"),
         (("--max-size", "1"), "no plan is within max-size 1; the nearest is trial"),
         (("--max-drop", "banana"), "max-drop is 'banana'"),
+        (("--format", "onnx", "--effort", "fast"), "for the format archive alone"),
     ):
         assert words in fail(2, "export", "mine", "-o", "out", *arguments)
     assert not (study / "out").exists()

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autocompress.codec.container import Coded
+from autocompress.codec import header
+from autocompress.codec.tensors import Coded
 from autocompress.compress.artifact import load, read
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy import torch_export, verify
@@ -481,6 +482,19 @@ def test_archive_is_the_artifact(smoke, tmp_path):
     assert manifest["sha256"] == manifest["artifact"]["sha256"]
     assert manifest["verification"]["max_abs_difference"] == 0
     assert manifest["verification"]["metric_exported"] == manifest["verification"]["metric_artifact"]
+
+
+@pytest.mark.parametrize("effort", ["fast", "max", "huffman"])
+def test_an_archive_may_be_coded_anew(effort, smoke, tmp_path):
+    task, artifact, _, _ = smoke
+    manifest = export(artifact, task, "archive", tmp_path, FACTS, effort=effort)
+    kinds = {entry.coder for entry in header.read((tmp_path / "model.acz").read_bytes()).entries}
+    assert effort in kinds
+    assert not kinds - {effort, "", "max" if effort == "max" else ""}
+    assert manifest["size_bytes"] == (tmp_path / "model.acz").stat().st_size
+    assert manifest["verification"]["max_abs_difference"] == 0
+    with pytest.raises(UsageError, match="effort is 'most', allowed: auto, fast, max, huffman"):
+        export(artifact, task, "archive", tmp_path, FACTS, effort="most")
 
 
 def test_archive_that_computes_something_else_is_refused(smoke, monkeypatch, tmp_path):

@@ -77,6 +77,18 @@ class Part:
     values: Callable[[], NDArray[Any]]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a tensor's stream: where its values are zero or not, which values they are, the table that these go by.
+
+    The max coder tells both in one stream: its mask is what the mask alone would take.
+    """
+
+    mask: int
+    codes: int
+    table: int
+
+
 class Archive:
     """A file whose tensors are decoded when they are asked for. Any thread may ask.
 
@@ -108,6 +120,24 @@ class Archive:
                 tensor = first_format.decode_tensor(entry.kind, entry.dtype, entry.shape, stream)
                 return _checked(tensor) if isinstance(tensor, Coded) else tensor
             return _decode(entry, stream)
+
+    def sizes(self, name: str) -> Sizes:
+        """Where the bytes of a tensor's stream are. Raises ArtifactError."""
+        entry, stream, tensor = self.entries[name], self.stream(name), self.tensor(name)
+        if self._first or entry.kind.startswith("raw"):
+            return Sizes(0, entry.length, 0)
+        if entry.kind.startswith("sparse"):
+            length, position = leb128.read(stream, 0)
+            return Sizes(position + length, entry.length - position - length, 0)
+        assert isinstance(tensor, Coded)
+        at = _read_table(entry.kind, stream)[2]
+        if entry.coder == FAST:
+            mask = rans.mask_bytes(stream[at:], entry.shape)
+        elif entry.coder == HUFFMAN:
+            mask = huffman.gap_bytes(stream[at:], entry.shape)
+        else:
+            mask = min(len(mixed_stream.encode(mixed_stream.mask(tensor.symbols))), entry.length - at)
+        return Sizes(mask, entry.length - at - mask, at)
 
     def parts(self, name: str) -> list[Part]:
         """A tensor in parts that decode independently: float32 values, or a raw tensor's own; one axis.

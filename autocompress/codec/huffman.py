@@ -77,6 +77,22 @@ def encode(symbols: NDArray[np.integer[Any]], index_bits: int | None = None) -> 
 def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     """The symbols of `encode`, uint16. Raises ArtifactError for a stream that cannot be one."""
     size = math.prod(shape)
+    rest, gaps, values, _ = _read(data, size)
+    at = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    if len(at) and at[-1] >= size:
+        raise ArtifactError(f"stream is damaged: an entry at {at[-1]} of {size} symbols")
+    result = np.full(size, rest, np.uint16)
+    result[at] = values
+    return result.reshape(shape)
+
+
+def gap_bytes(data: bytes, shape: tuple[int, ...]) -> int:
+    """How many of a stream's bytes tell where its entries are."""
+    return _read(data, math.prod(shape))[3]
+
+
+def _read(data: bytes, size: int) -> tuple[int, NDArray[np.int32], NDArray[np.int32], int]:
+    """The rest symbol, the entries' gaps and values, and the bytes up to the values: their code's are not counted."""
     rest, position = leb128.read(data, 0)
     index_bits, position = leb128.read(data, position)
     total, position = leb128.read(data, position)
@@ -85,18 +101,14 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     if total > size:
         raise ArtifactError(f"stream is damaged: {total} entries for {size} symbols")
     gap_code, position = _read_code(data, position, 1 << index_bits)
+    told = position
     value_code, position = _read_code(data, position, 1 << 16)
     body = np.frombuffer(data, np.uint8, offset=position)
     gaps, bit = _read_symbols(gap_code, total, body, 0)
-    values, bit = _read_symbols(value_code, total, body, bit)
-    if -(-bit // 8) != body.size:
-        raise ArtifactError(f"stream is damaged: {body.size} bytes of codes, {-(-bit // 8)} are used")
-    at = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if total and at[-1] >= size:
-        raise ArtifactError(f"stream is damaged: an entry at {at[-1]} of {size} symbols")
-    result = np.full(size, rest, np.uint16)
-    result[at] = values
-    return result.reshape(shape)
+    values, end = _read_symbols(value_code, total, body, bit)
+    if -(-end // 8) != body.size:
+        raise ArtifactError(f"stream is damaged: {body.size} bytes of codes, {-(-end // 8)} are used")
+    return rest, gaps, values, told + bit // 8
 
 
 def optimal_code(counts: NDArray[np.integer[Any]]) -> Code:

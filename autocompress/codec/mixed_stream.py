@@ -61,6 +61,12 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
     return symbols.astype(np.uint16).reshape(shape)
 
 
+def mask(symbols: NDArray[np.integer[Any]]) -> NDArray[np.uint16]:
+    """0 where a symbol is the commonest one, 1 elsewhere."""
+    rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
+    return (symbols != rest).astype(np.uint16)
+
+
 def _coded(levels: NDArray[np.int32], rest: int, way: tuple[int, int, int], group: int) -> bytes:
     """The stream of levels transposed or not, with a lag and a pace."""
     turned, lag, pace = way

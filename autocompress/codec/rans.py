@@ -109,6 +109,18 @@ def blocks(data: bytes, shape: tuple[int, ...]) -> list[Block]:
     return found
 
 
+def mask_bytes(data: bytes, shape: tuple[int, ...]) -> int:
+    """How many of a stream's bytes tell its mask: the classes, their probabilities, its words."""
+    if not math.prod(shape):
+        return 0
+    model, position = _read_model(data, matrix_shape(shape))
+    if model.mask is None:
+        return 0
+    symbols = _Model(None, model.precision, model.frequencies)
+    lengths, _ = _read_numbers(data, position, 2 * -(-math.prod(shape) // BLOCK))
+    return len(model.head()) - len(symbols.head()) + 1 + 2 * int(lengths[::2].sum())
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """The matrix that an array is coded as: its first axis by the rest, one row where it has fewer than two axes."""
     if len(shape) < 2:

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from autocompress.compress.artifact import load
+from autocompress.codec import container
+from autocompress.compress.artifact import load, read
 from autocompress.deploy import verify
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
@@ -36,16 +37,21 @@ _BATCH = 256
 _SMALL_BATCHES = (1, 64)
 
 
-def export(artifact: Path, task: Task, fmt: str, out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def export(
+    artifact: Path, task: Task, fmt: str, out: Path, facts: Mapping[str, Any], *, effort: str | None = None
+) -> dict[str, Any]:
     """The manifest of the files written to the folder `out`: one of `FILES` and manifest.json.
 
     The file is made from `artifact` alone (`task.model` gives the architecture) and compared with it on the whole
     of `task.test` before anything appears in `out`; other files there are left alone. `facts` (plain JSON) go into
-    the manifest as "recorded". Raises ExportError where the export fails or does not do what the artifact does,
+    the manifest as "recorded". `effort` codes an archive anew.
+    Raises ExportError where the export fails or does not do what the artifact does,
     UsageError for an unknown format or a folder that cannot be written, ArtifactError for a damaged artifact.
     """
     if fmt not in FILES:
         raise UsageError(f"unknown export format {fmt!r}; allowed: {', '.join(FILES)}")
+    if effort is not None and (fmt != "archive" or effort not in container.EFFORTS):
+        raise UsageError(f"effort is {effort!r}, allowed: {', '.join(container.EFFORTS)}, for the format archive alone")
     module = load(artifact, model=task.model)
     with _staging(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="autocompress-") as calls:
         recorder = _Recorder(module, Path(calls))
@@ -53,7 +59,7 @@ def export(artifact: Path, task: Task, fmt: str, out: Path, facts: Mapping[str, 
         for size in _SMALL_BATCHES:
             recorder.run(f"batch-{size:06d}", recorder.first(size))
         file = folder / FILES[fmt]
-        details = _write(fmt, artifact, recorder, file)
+        details = _write(fmt, artifact, recorder, file, effort)
         runtime = _run(fmt, task, recorder, file)
         expected = finite_metric(task, outputs, targets, "test")
         checks = _compared(task, recorder, expected, targets, file)
@@ -170,7 +176,7 @@ def _examples(model: str, inputs: Named) -> int:
     return next(iter(sizes.values()))
 
 
-def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path) -> dict[str, Any]:
+def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path, effort: str | None) -> dict[str, Any]:
     """Writes the file; what the manifest says of it."""
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
@@ -183,8 +189,10 @@ def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path) -> dict[st
         from autocompress.deploy import torch_export
 
         torch_export.write(recorder.module, inputs, recorder.keywords, file)
-    else:
+    elif effort is None:
         shutil.copyfile(artifact, file)
+    else:
+        file.write_bytes(container.pack(read(artifact), effort))
     found = recorder.outputs[recorder.tests[0]]
     return {"inputs": _described(example), "outputs": _described(found)}
 

@@ -41,6 +41,7 @@ class Settings:
     """What holds for a whole study; plain JSON types apart from the layers.
 
     `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
+    `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
     """
 
@@ -61,6 +62,7 @@ class Settings:
     created: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] | None = None
+    effort: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
