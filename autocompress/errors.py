@@ -42,7 +42,14 @@ class RecordError(AutocompressError):
 
 
 class ArtifactError(AutocompressError):
-    """A compressed file that is damaged, hostile, or not for this model."""
+    """A compressed file that is damaged, hostile, or not for this model.
+
+    What it quotes of the file may be of any length, in any number of lines: its text is the beginning, in one line.
+    """
+
+    def __init__(self, text: str = ""):
+        line = " ".join(text[:4000].splitlines())
+        super().__init__(line if len(line) <= 1000 else line[:1000] + " ...")
 
 
 class TrialFailed(AutocompressError):

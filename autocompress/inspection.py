@@ -64,6 +64,7 @@ def file_summary(found: FileReport) -> str:
 def file_table(found: FileReport) -> Table:
     """The report for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     from autocompress.report import human_bytes
 
@@ -73,7 +74,8 @@ def file_table(found: FileReport) -> Table:
     for row in found.rows:
         bits = 8 * row.size_bytes / max(1, math.prod(row.shape))
         shape = "x".join(map(str, row.shape))
-        table.add_row(row.name, row.kind, shape, str(row.size_bytes), human_bytes(row.plain_bytes), f"{bits:.2f}")
+        name = Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in row.name))  # may be anything: no markup
+        table.add_row(name, row.kind, shape, str(row.size_bytes), human_bytes(row.plain_bytes), f"{bits:.2f}")
     table.add_row("(header)", "", "", str(found.header_bytes), "", "")
     return table
 

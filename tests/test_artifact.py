@@ -1,5 +1,6 @@
 """Artifacts and modules: what is written is read as it was, in the right architecture, and nothing is executed."""
 
+import io
 import json
 import os
 import re
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import autocompress as ac
+from autocompress import inspection
 from autocompress.codec import container, header
 from autocompress.compress import apply, architecture, artifact, lowrank
 from autocompress.compress.layers import find_layers
@@ -304,6 +307,10 @@ def forge(path, header, streams=b""):
         ["Linear", {"in_features": 10**10, "out_features": 10**10}],
         ["Linear", {"in_features": 2**20, "out_features": 2**20}],
         ["Linear", {}],
+        ["Linear", {"in_features": 2, "out_features": 2, "dtype": {}}],
+        ["Linear", {"in_features": int("9" * 4000), "out_features": 2}],
+        ["Linear", {"in_features": 2, "out_features": 2, "x\ny" * 100_000: 1}],
+        ["Sequential", [["0", ["ReLU", {}]]] * 4097],
         ["Conv2d", {"in_channels": 1, "out_channels": 1, "kernel_size": [[1, 2], 3]}],
         ["Dropout", {"p": 5}],
         [["Linear"], {}],
@@ -320,6 +327,7 @@ def test_a_hostile_architecture_is_refused_and_nothing_happens(tree, tmp_path, m
     with pytest.raises(ArtifactError, match=r"damaged|asks for") as caught:
         ac.load(forge(tmp_path / "x.acz", {"tensors": [], "model": tree}))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1100
     assert os.listdir() == ["x.acz"]
     assert set(sys.modules) - loaded_before <= {"subprocess"}
 
@@ -334,12 +342,37 @@ def test_a_deep_architecture_is_refused(tmp_path):
 
 @pytest.mark.parametrize("ranks", [[], 3, {"0": 2}, {"0": [0, "channel"]}, {"0": [2, "os"]}, {"0": [2.5, "channel"]},
                                    {"0": [10**9, "channel"]}, {"0": [2, "spatial"]}, {"9": [2, "channel"]},
-                                   {"1": [1, "channel"]}])  # fmt: skip
+                                   {"1": [1, "channel"]}, {"0": [True, "channel"]},
+                                   {"0": [9, "channel"], "0.0": [9, "channel"]},
+                                   {"2": [1, "channel"]}])  # fmt: skip
 def test_hostile_ranks_are_refused(ranks, tmp_path):
-    tree = ["Sequential", [["0", ["Linear", {"in_features": 3000, "out_features": 3000}]], ["1", ["ReLU", {}]]]]
+    odd = ["Conv1d", {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "stride": "x"}]
+    tree = [
+        "Sequential",
+        [["0", ["Linear", {"in_features": 3000, "out_features": 3000}]], ["1", ["ReLU", {}]], ["2", odd]],
+    ]
     with pytest.raises(ArtifactError) as caught:
         ac.load(forge(tmp_path / "x.acz", {"tensors": [], "model": tree, "ranks": ranks}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_factor_is_no_layer_that_may_have_factors(tmp_path):
+    """Else 500 bytes ask for a tree of any depth."""
+    ranks = {".".join(["0"] * depth): [4, "channel"] for depth in range(150)}
+    tree = ["Linear", {"in_features": 4, "out_features": 4}]
+    with pytest.raises(ArtifactError, match="has a layer '0', which the given model does not have"):
+        ac.load(forge(tmp_path / "x.acz", {"tensors": [], "model": tree, "ranks": ranks}))
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory\nstack")
+
+    data, _ = compressed(filled(nn.Linear(4, 3)), {}, ROWS)
+    (tmp_path / "x.acz").write_bytes(data)
+    monkeypatch.setattr(nn.Module, "to_empty", full)
+    with pytest.raises(ArtifactError, match="it asks for more memory than there is"):
+        ac.load(tmp_path / "x.acz")
 
 
 def test_shapes_are_checked_before_a_tensor_is_decoded(tmp_path):
@@ -502,3 +535,13 @@ def test_a_model_whose_tree_has_no_description_still_loads(tmp_path):
     (tmp_path / "m.acz").write_bytes(data)
     with torch.no_grad():
         assert torch.equal(ac.load(tmp_path / "m.acz", model=model)(ROWS), model(ROWS))
+
+
+def test_inspection_shows_names_of_any_kind(tmp_path):
+    names = ["[/b]", "[red]x", "\ud800", "\x1b[31m", "a\nb", "grün"]
+    entries = [[name, "raw", "float32", [1], 5, zlib.crc32(b"\0" * 5)] for name in names]
+    path = forge(tmp_path / "x.acz", {"tensors": entries}, b"\0" * 5 * len(names))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(inspection.file_table(inspection.inspect_file(path)))
+    shown = [line.split()[0] for line in console.file.getvalue().splitlines()]
+    assert shown == ["tensor", "[/b]", "[red]x", "\\ud800", "\\x1b[31m", "a\\nb", "grün", "(header)"]

@@ -95,6 +95,8 @@ def deflated(value: object) -> bytes:
         (b"\x00" + deflated({"tensors": []})[:-3], "wrong length|damaged"),
         (b"\x00" + deflated({"tensors": []}) + b"more", "wrong length"),
         (b"\x01" + bytes(8) + deflated({"tensors": [5]}), "malformed"),
+        (b"\x00" + deflated({"tensors": [], "class": [{}] * 100_000}), "wrong length"),  # 30 MB from 600 bytes
+        (b"\x00" + deflated({"tensors": [], "class": json.loads("[" * 300 + "]" * 300)}), "nested more than 200 times"),
     ],
 )
 def test_a_damaged_table_of_tensors_is_told(head, said):
@@ -111,6 +113,11 @@ def test_any_change_to_a_header_with_a_right_checksum_is_refused_or_read(data):
         head[data.draw(st.integers(0, min(length - 1, 200)))] = data.draw(st.integers(0, 255))
     with suppress(ArtifactError):
         unpack(headed(bytes(head), whole[12 + length :]))
+
+
+def test_a_header_of_nothing_but_repetition_is_read_all_the_same():
+    artifact = Artifact({}, {"note": "ab" * 200_000})
+    same(unpack(pack(artifact)), artifact)
 
 
 def test_the_header_of_a_small_net_is_small():
@@ -323,6 +330,8 @@ def test_damage_behind_right_checksums_is_refused_or_harmless():
         (one([4], b"\x02\x00" + bytes(7)), "a table of 2 values, way 0, 7 bytes"),
         (one([4], b"\x02\x01" + bytes(3)), "a table of 2 values, way 1, 3 bytes"),
         (one([4], b"\x02\x02\x09" + bytes(3)), "a table of 2 values, way 2, 3 bytes"),
+        (one([0], b"\x80\x80\x04\x02\x02\x01\x00"), "a table of 65536 values, way 2, 2 bytes"),  # 30 ms a tensor
+        (one([3], b"\x41\x63\x64\x62\x04\x00", "raw", "bool"), "a bool is neither 0 nor 1"),
         (one([4], b"\x81\x80\x04\x01" + bytes(2 * 65537)), "a table of 65537 values"),
         (one([4], b"\x01\x01\x00\x00"), "damaged at 'x': stream is damaged: a number has no end"),
         (one([4], b"\x00" * 9 + b"\x01", "grid/fast"), "damaged at 'x'"),
@@ -341,6 +350,38 @@ def test_damage_behind_right_checksums_is_refused_or_harmless():
 )
 def test_hostile_files_are_refused(data, said):
     refused(data, said)
+
+
+def test_memory_that_is_not_there_is_told(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(plain, "decode", full)
+    refused(one([2], b"\x00", "raw"), "'x' asks for more memory than there is")
+
+
+@pytest.mark.parametrize(("kept", "most"), [(0, 1.1), (8, 2.1)])
+def test_plain_tensors_are_decoded_in_place(kept, most):
+    size = 1 << 20
+    stream = bytes([kept]) + bytes(kept * size)
+    tracemalloc.start()
+    try:
+        plain.decode(stream, "float64", size)
+        assert tracemalloc.get_traced_memory()[1] < most * 8 * size
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(0, 1 << 40), (0, 1 << 30), (1 << 30, 1), (1, 1 << 30), (2, 1 << 29)])
+@pytest.mark.parametrize("kind", [k for k in header.KINDS if not k.endswith("/huffman")])
+def test_no_memory_is_taken_for_shapes_that_few_bytes_do_not_fill(kind, shape):
+    for stream in (b"", b"\1\1\0\0", b"\1\0\0\0\0\0\0\0\0" + bytes(40), b"\x44" * 40, b"\x81" * 40, b"\xff" * 40):
+        tracemalloc.start()
+        try:
+            unpacked_or_none(one(shape, stream, kind))
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_all_tensors_together_are_limited():

@@ -59,7 +59,10 @@ def refused(data, said, limit=60 << 20):
         (assemble(b"[]"), "its header lists no tensors"),
         (assemble(b"\xff\xfe"), "its header is no JSON"),
         (assemble(b"{"), "its header is no JSON"),
-        (assemble(b"[" * 200_000), "its header is no JSON"),
+        (assemble(b"[" * 60_000), "its header is no JSON"),
+        (assemble(b"[" * 200_000), "its header has the wrong length"),
+        (assemble({"tensors": [["x", "raw", "float32", [], True, 0]]}), "length True"),
+        (one([4], b"abc", length=10**4000), "damaged: 'x' has shape"),
         (one([3], b"", "pickle"), "'x' is of unknown kind 'pickle'"),
         (one([3], b"", "raw", "object"), "'x' has unknown dtype 'object'"),
         (one([3], b"", "raw", "float8"), "'x' has unknown dtype 'float8'"),
@@ -81,6 +84,23 @@ def refused(data, said, limit=60 << 20):
 )
 def test_hostile_files_are_refused(data, said):
     refused(data, said)
+
+
+@pytest.mark.parametrize("last", [b"\xff\xff", b"\xff\x01"])
+def test_a_few_bytes_cannot_ask_for_long_work(last):
+    """Every symbol under the mask, and two symbols that may be."""
+    stream = struct.pack("<Hff", 1, 0.0, 0.0) + struct.pack("<HHB", 0, 1, 1) + b"\xff" + last
+    refused(one([1 << 22], stream), "0 bytes cannot hold 4194304 symbols")
+
+
+def test_nothing_takes_no_memory():
+    stream = struct.pack("<Hf", 0, 1.0) + bytes.fromhex("0000000001ff")
+    tracemalloc.start()
+    try:
+        assert unpack(one([0, 1 << 26], stream)).tensors["x"].shape == (0, 1 << 26)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_all_tensors_together_are_limited():

@@ -227,6 +227,13 @@ def test_damaged_heads_are_told(numbers, said):
         rans.decode(leb128.write(*numbers), (3, 6))
 
 
+def test_frequencies_that_add_up_only_in_64_bits_are_refused():
+    """2 ** 64 + 2 ** 16: NumPy's repeat would write far beyond what it took."""
+    head = leb128.write(0, 16, 32769, *[(1 << 49) - 1] * 32768, 32768 + 65536)
+    with pytest.raises(ArtifactError, match="frequencies add up to 18446744073709617152"):
+        rans.decode(head + leb128.write(16) + b"\1\0\0\0" * 8, (4,))
+
+
 def test_symbols_where_there_are_none_are_told():
     with pytest.raises(ArtifactError, match="3 bytes for no symbol"):
         rans.decode(b"abc", (0, 2**40))

@@ -185,6 +185,8 @@ def _damage_at(name: str) -> Iterator[None]:
         yield
     except (struct.error, ValueError, ArtifactError) as error:
         raise ArtifactError(f"artifact is damaged at {name!r}: {error}") from error
+    except MemoryError as error:
+        raise ArtifactError(f"{name!r} asks for more memory than there is") from error
 
 
 def _encode(tensor: Raw | Coded, effort: str) -> tuple[str, bytes]:

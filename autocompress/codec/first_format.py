@@ -59,6 +59,8 @@ def decode_tensor(kind: str, dtype: str, shape: tuple[int, ...], stream: bytes) 
 def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
     """The symbols of a stream, uint16, in the shape given. Raises ArtifactError for a stream that cannot be one."""
     rows, columns = matrix_shape(shape)
+    if not rows * columns:
+        return np.zeros(shape, np.uint16)
     try:
         rest, highest, count = _HEAD.unpack_from(data)
         position = _HEAD.size
@@ -68,8 +70,7 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
         if (len(data) - position) % 4:
             raise ArtifactError("stream is damaged: its coded part is not a whole number of words")
         least = sum(-r.size * c.size * math.log2(max(p, 1 - p)) for r, c, p in _groups(classes, probabilities))
-        if 0.9 * least / 8 > len(data) - position + 8:  # else a few bytes could ask for hours of decoding
-            raise ArtifactError(f"stream is damaged: {len(data) - position} bytes cannot hold {rows * columns} symbols")
+        _check_room(least, len(data) - position, rows * columns)
         coder = _new_decoder(np.frombuffer(data, "<u4", offset=position).astype(np.uint32))
         mask = np.zeros((rows, columns), dtype=np.bool_)
         for r, c, probability in _groups(classes, probabilities):
@@ -82,6 +83,9 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
         total = int(mask.sum())
         if total and not present.size:
             raise ArtifactError("stream is damaged: no symbol is left for its mask")
+        if total:
+            squares = weights.astype(np.float64) ** 2
+            _check_room(total * math.log2(squares.sum() / squares.max()), len(data) - position, total)
         result = np.full((rows, columns), rest, dtype=np.uint16)
         if present.size > 1 and total:
             result[mask] = present[coder.decode(_categorical(weights), total)]
@@ -92,6 +96,12 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
         return result.reshape(shape)
     except (struct.error, ValueError, AssertionError, IndexError, OverflowError) as error:
         raise ArtifactError(f"stream is damaged: {error}") from error
+
+
+def _check_room(bits: float, length: int, count: int) -> None:
+    """Raises ArtifactError where so few bytes cannot hold so many bits: else they could ask for hours of decoding."""
+    if 0.9 * bits / 8 > length + 8:
+        raise ArtifactError(f"stream is damaged: {length} bytes cannot hold {count} symbols")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ KINDS = ("raw", "raw/max", *(f"{kind}/{coder}" for kind in ("sparse", "coded", "
 _FIRST_KINDS = ("raw", "sparse", "coded", "grid")
 _FRONT = struct.Struct("<4sII")
 _MAX_HEADER = 16 * 1024 * 1024
+_FREE_HEADER, _PER_BYTE = 1 << 16, 32
+"""Bytes of JSON that a header may always have, and more for each of its own bytes: else a small file could ask for much
+memory."""
+_MOST_NESTED = 200
 _MOST_AXES = 16
 _DICTIONARY = (
     b'[["Tanh",{}],["GELU",{}],["SiLU",{}],["Sigmoid",{}],["Softmax",{"dim":-1}],["Dropout",{"p":0.1}],["Embedding",'
@@ -97,8 +101,9 @@ def write(
         sizes = leb128.write(len(shape), *shape, len(stream))
         table.append(codes + sizes + struct.pack("<I", zlib.crc32(stream)))
     names = {"tensors": [name for name, *_ in rows]}
-    text = json.dumps({**header, **names}, separators=(",", ":"), ensure_ascii=False)
-    packed = b"".join(table) + plain.deflate(text.encode(), 9, _DICTIONARY)
+    text = json.dumps({**header, **names}, separators=(",", ":"), ensure_ascii=False).encode()
+    short = plain.deflate(text, 9, _DICTIONARY)
+    packed = b"".join(table) + (short if len(text) <= _most_text(short) else plain.deflate(text, 0, _DICTIONARY))
     return _FRONT.pack(MAGIC, len(packed), zlib.crc32(packed)) + packed
 
 
@@ -118,7 +123,7 @@ def read(data: bytes) -> Head:
         rows = header["tensors"]
     else:
         table, position = _read_table(packed)
-        header = _json(plain.inflate(packed[position:], _MAX_HEADER, _DICTIONARY))
+        header = _json(plain.inflate(packed[position:], _most_text(packed[position:]), _DICTIONARY))
         if len(table) != len(header["tensors"]):
             raise ArtifactError(f"artifact is damaged: {len(header['tensors'])} names for {len(table)} tensors")
         rows = [[name, *row] for name, row in zip(header["tensors"], table, strict=True)]
@@ -155,6 +160,11 @@ def _read_table(packed: bytes) -> tuple[list[list[Any]], int]:
     return rows, position
 
 
+def _most_text(packed: bytes) -> int:
+    """Bytes of JSON that so many bytes may hold."""
+    return min(_MAX_HEADER, _FREE_HEADER + _PER_BYTE * len(packed))
+
+
 def _json(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode())
@@ -162,6 +172,12 @@ def _json(text: bytes) -> dict[str, Any]:
         raise ArtifactError(f"artifact is damaged: its header is no JSON ({error})") from error
     if not isinstance(header, dict) or not isinstance(header.get("tensors"), list):
         raise ArtifactError("artifact is damaged: its header lists no tensors")
+    level: list[Any] = [header]
+    for _ in range(_MOST_NESTED):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, list | dict)]
+    if level:
+        raise ArtifactError(f"artifact is damaged: its header is nested more than {_MOST_NESTED} times")
     return header
 
 
@@ -169,10 +185,10 @@ def _unzipped(packed: bytes) -> bytes:
     """The first format's header, which has zlib's frame around it."""
     machine = zlib.decompressobj()
     try:
-        text = machine.decompress(packed, _MAX_HEADER + 1)
+        text = machine.decompress(packed, _most_text(packed) + 1)
     except zlib.error as error:
         raise ArtifactError(f"artifact is damaged: {error}") from error
-    if len(text) > _MAX_HEADER or not machine.eof or machine.unused_data:
+    if len(text) > _most_text(packed) or not machine.eof or machine.unused_data:
         raise ArtifactError("artifact is damaged: its header has the wrong length")
     return text
 
@@ -191,6 +207,7 @@ def _entry(row: Any, start: int, kinds: Sequence[str]) -> Entry:
         raise ArtifactError(f"artifact is damaged: {name!r} is of unknown kind {kind!r}")
     if dtype not in DTYPES:
         raise ArtifactError(f"artifact is damaged: {name!r} has unknown dtype {dtype!r}")
-    if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape) or length < 0:
+    fits = all(type(n) is int and 0 <= n < 1 << 48 for n in shape) and type(length) is int and 0 <= length < 1 << 62
+    if len(shape) > _MOST_AXES or not fits:
         raise ArtifactError(f"artifact is damaged: {name!r} has shape {shape} and length {length}")
     return Entry(name, kind, dtype, tuple(shape), start, length, checksum)

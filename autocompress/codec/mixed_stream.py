@@ -64,7 +64,8 @@ def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:
 def mask(symbols: NDArray[np.integer[Any]]) -> NDArray[np.uint16]:
     """0 where a symbol is the commonest one, 1 elsewhere."""
     rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
-    return (symbols != rest).astype(np.uint16)
+    told: NDArray[np.uint16] = (symbols != rest).astype(np.uint16)
+    return told
 
 
 def _coded(levels: NDArray[np.int32], rest: int, way: tuple[int, int, int], group: int) -> bytes:

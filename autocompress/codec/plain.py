@@ -44,7 +44,7 @@ def is_mixed(data: bytes) -> bool:
 
 def decode(data: bytes, dtype: str, count: int) -> NDArray[Any]:
     """That many elements. Raises ArtifactError for bytes that cannot be so many."""
-    width = numpy_type(dtype).itemsize
+    kind = numpy_type(dtype)
     if not data:
         raise ArtifactError("artifact is damaged: a plain stream is empty")
     way, position, upper = data[0], 1, []
@@ -54,11 +54,18 @@ def decode(data: bytes, dtype: str, count: int) -> NDArray[Any]:
         length, position = leb128.read(data, position)
         high = _halves(mixing.decode(data[position : position + length], (1, count))[0])
         upper, position = [high >> 8, high & 255], position + length
+    width = kind.itemsize - len(upper)
+    lower = _lower(data[position:], way, width, count)
+    values = np.zeros(count, kind)
+    planes = values.view(np.uint8).reshape(count, kind.itemsize).T[::-1]
+    for plane, half in zip(planes, upper, strict=False):
+        plane[:] = half
     floats = dtype.startswith(("float", "complex", "bfloat"))
-    lower = _unplaned(data[position:], way, width - len(upper), count, floats)
-    planes = np.concatenate([*(u.astype(np.uint8)[None] for u in upper), lower])[::-1]
-    kind = numpy_type(dtype)
-    return np.frombuffer(np.ascontiguousarray(planes.T).tobytes(), kind).astype(kind.newbyteorder("="))
+    first = len(upper) + (0 if floats else width - len(lower))
+    planes[first : first + len(lower)] = lower
+    if dtype == "bool" and lower.size and lower.max() > 1:
+        raise ArtifactError("artifact is damaged: a bool is neither 0 nor 1")
+    return values.astype(kind.newbyteorder("="), copy=False)
 
 
 def inflate(data: bytes, limit: int, dictionary: bytes = b"") -> bytes:
@@ -92,18 +99,15 @@ def _planes(planes: NDArray[np.uint8], floats: bool) -> bytes:
     return bytes([len(kept)]) + plain
 
 
-def _unplaned(data: bytes, way: int, width: int, count: int, floats: bool) -> NDArray[np.uint8]:
-    """The planes, (width, count), the most significant first."""
+def _lower(data: bytes, way: int, width: int, count: int) -> NDArray[np.uint8]:
+    """The planes that are there, at most `width` of them, the most significant first."""
     kept = way & _COUNT
     if kept > width:
         raise ArtifactError(f"artifact is damaged: {kept} planes, allowed: {width}")
     plain = inflate(data, kept * count) if way & _DEFLATED else data
     if len(plain) != kept * count:
         raise ArtifactError(f"artifact is damaged: {len(plain)} bytes for {kept} planes of {count}")
-    planes = np.zeros((width, count), np.uint8)
-    first = 0 if floats else width - kept
-    planes[first : first + kept] = np.frombuffer(plain, np.uint8).reshape(kept, count)
-    return planes
+    return np.frombuffer(plain, np.uint8).reshape(kept, count)
 
 
 def _levels(high: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -70,8 +70,9 @@ def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
 
 def decode(data: bytes, shape: tuple[int, ...]) -> Symbols:
     """The symbols of `encode`, uint16, in the shape given. Raises ArtifactError for a stream that cannot be one."""
+    found = blocks(data, shape)  # before memory is taken
     symbols = np.empty(math.prod(shape), np.uint16)
-    for block in blocks(data, shape):
+    for block in found:
         symbols[block.start : block.stop] = block.read()
     return symbols.reshape(shape)
 
@@ -187,8 +188,9 @@ def _read_model(data: bytes, shape: tuple[int, int]) -> tuple[_Model, int]:
     if precision not in PRECISIONS or size > MAX_ALPHABET:
         raise ArtifactError(f"stream is damaged: {size} symbols of {precision} bits")
     frequencies, position = _read_numbers(data, position, size)
-    if int(frequencies.sum()) != (1 << precision if size else 0):
-        raise ArtifactError(f"stream is damaged: its frequencies add up to {frequencies.sum()}")
+    total = sum(frequencies.tolist())  # exactly: 64 bits could wrap around to what is expected
+    if total != (1 << precision if size else 0):
+        raise ArtifactError(f"stream is damaged: its frequencies add up to {total}")
     return _Model(mask, precision, frequencies), position
 
 

@@ -16,6 +16,11 @@ from autocompress.errors import ArtifactError
 MOST = 1 << 16
 """Entries of a table."""
 _FLOAT32, _BFLOAT16, _MIXED = 0, 1, 2
+_FREE, _PER_BYTE = 4096, 256
+"""Entries of a table that the max coder may make of nothing, and of each byte.
+
+Else a small file of many tables could ask for hours.
+"""
 
 
 def encode(table: NDArray[np.float32], mixed: bool) -> bytes:
@@ -29,7 +34,8 @@ def encode(table: NDArray[np.float32], mixed: bool) -> bytes:
     steps = np.diff(_places(high), prepend=0)
     if mixed and table.size and not (high == 0x8000).any() and np.abs(steps).max() <= MOST:
         coded = mixing.encode(steps[None])
-        ways.append(bytes([_MIXED]) + leb128.write(len(coded)) + coded)
+        if table.size <= _FREE + _PER_BYTE * len(coded):
+            ways.append(bytes([_MIXED]) + leb128.write(len(coded)) + coded)
     return head + min(ways, key=len)
 
 
@@ -38,10 +44,12 @@ def decode(data: bytes, position: int) -> tuple[NDArray[np.float32], int]:
     size, position = leb128.read(data, position)
     way = data[position] if position < len(data) else -1
     length, position = {_FLOAT32: 4 * size, _BFLOAT16: 2 * size}.get(way, 0), position + 1
+    most = MOST
     if way == _MIXED:
         length, position = leb128.read(data, position)
+        most = min(MOST, _FREE + _PER_BYTE * length)
     part = data[position : position + length]
-    if size > MOST or way not in (_FLOAT32, _BFLOAT16, _MIXED) or len(part) != length:
+    if size > most or way not in (_FLOAT32, _BFLOAT16, _MIXED) or len(part) != length:
         raise ArtifactError(f"artifact is damaged: a table of {size} values, way {way}, {len(part)} bytes")
     if way == _FLOAT32:
         return np.frombuffer(part, "<f4").astype(np.float32), position + length

@@ -62,7 +62,8 @@ class Artifact:
 def grid_table(scale: float, lowest: int, size: int) -> NDArray[np.float32]:
     """The table of an evenly spaced grid: float32(scale) * (lowest + i), i < size."""
     levels = np.arange(lowest, lowest + size, dtype=np.float32)
-    table: NDArray[np.float32] = np.float32(scale) * levels
+    with np.errstate(all="ignore"):  # a scale may be whatever a file says
+        table: NDArray[np.float32] = np.float32(scale) * levels
     return table
 
 

@@ -8,7 +8,9 @@ ever built, so that a file cannot name code.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -58,8 +60,10 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "Softmax": ("dim",),
     "LogSoftmax": ("dim",),
 }
+_FLOATS = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NO_EFFECT = ("inplace", "device", "init", "min_value", "max_value")
 _MAX_DEPTH = 32
+_MOST_LAYERS = 4096
 
 
 def describe(model: nn.Module) -> list[Any] | None:
@@ -113,15 +117,21 @@ def _layout(state: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
 
 
-def build(tree: Any, depth: int = 0) -> nn.Module:
+def build(tree: Any) -> nn.Module:
     """The module of a description, parameters not initialised. Raises ArtifactError for anything else."""
+    return _build(tree, 0, count(1))
+
+
+def _build(tree: Any, depth: int, numbers: Iterator[int]) -> nn.Module:
+    if next(numbers) > _MOST_LAYERS:
+        raise ArtifactError(f"artifact is damaged: its architecture has more than {_MOST_LAYERS} layers")
     match tree:
         case ["Sequential", list(children)] if depth < _MAX_DEPTH:
             result = nn.Sequential()
             for child in children:
                 match child:
                     case [str(name), subtree]:
-                        _add(result, name, build(subtree, depth + 1))
+                        _add(result, name, _build(subtree, depth + 1, numbers))
                     case _:
                         raise ArtifactError("artifact is damaged: a child of its architecture is malformed")
             return result
@@ -143,11 +153,9 @@ def _build_layer(kind: str, arguments: dict[str, Any]) -> nn.Module:
     if unknown := arguments.keys() - allowed:
         raise ArtifactError(f"artifact is damaged: {kind} has arguments {sorted(unknown)}")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
-    if "dtype" in values:
-        values["dtype"] = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(
-            values["dtype"], torch.float32
-        )
     try:
+        if "dtype" in values:
+            values["dtype"] = _FLOATS.get(values["dtype"], torch.float32)
         with torch.device("meta"):
             module: nn.Module = getattr(nn, kind)(**values)
         elements = sum(t.numel() for t in (*module.parameters(), *module.buffers()))

@@ -160,8 +160,9 @@ def _skeleton(
             f"{source} holds the weights of a {header.get('class', 'model')!r} whose architecture is not a "
             "tree of standard layers: give it as load(path, model=YourModel())"
         )
-    for name, (rank, scheme) in _ranks(header, source).items():
-        module = _factorise(module, name, LayerPlan(rank=rank, scheme=scheme), source)
+    ranks = {name: (_layer(module, name, source), *found) for name, found in _ranks(header, source).items()}
+    for name, (layer, rank, scheme) in ranks.items():
+        module = _factorise(module, layer, name, LayerPlan(rank=rank, scheme=scheme), source)
     _check_shapes(module, shapes, source)
     return module
 
@@ -173,7 +174,10 @@ def _ready(module: nn.Module, tensors: Mapping[str, Coded | Raw | Entry]) -> nn.
         if found != wanted and not (found in _SHORT and target.is_floating_point()):  # 16 bits of a wider weight
             raise ArtifactError(f"{key!r} is {found} in the artifact, {wanted} in the given model")
     if any(tensor.is_meta for tensor in unique_state(module).values()):
-        module = module.to_empty(device="cpu")
+        try:
+            module = module.to_empty(device="cpu")
+        except RuntimeError as error:
+            raise MemoryError from error  # which is what torch means
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # else other kernels, other last bits
     return module
 
@@ -244,22 +248,29 @@ def _ranks(header: Mapping[str, Any], source: str) -> dict[str, tuple[int, str]]
     result = {}
     for name, value in ranks.items():
         match value:
-            case [int(rank), "channel" | "spatial" as scheme] if rank > 0:
+            case [int(rank), "channel" | "spatial" as scheme] if type(rank) is int and rank > 0:
                 result[name] = (rank, scheme)
             case _:
                 raise ArtifactError(f"{source} is damaged: rank of {name!r} is {value!r}")
     return result
 
 
-def _factorise(module: nn.Module, name: str, plan: LayerPlan, source: str) -> nn.Module:
+def _layer(module: nn.Module, name: str, source: str) -> nn.Module:
     try:
-        target = module.get_submodule(name) if name else module
+        return module.get_submodule(name) if name else module
     except AttributeError:
         raise ArtifactError(f"{source} has a layer {name!r}, which the given model does not have") from None
+
+
+def _factorise(module: nn.Module, target: nn.Module, name: str, plan: LayerPlan, source: str) -> nn.Module:
     standard = isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if not standard or (plan.scheme == "spatial" and not isinstance(target, nn.Conv2d)):
         raise ArtifactError(f"layer {name!r} is a {type(target).__name__} in the given model, {source} has two factors")
     full = min(lowrank.as_matrix(target.weight, plan.scheme).shape)  # type: ignore[arg-type]
     if plan.rank is not None and plan.rank > full:
         raise ArtifactError(f"layer {name!r} has rank {plan.rank} in {source}, {full} is full in the given model")
-    return lowrank.replace(module, name, lowrank.factorised(target, plan))
+    try:
+        factors = lowrank.factorised(target, plan)
+    except Exception as error:  # whatever a constructor says of a layer's settings from a damaged file
+        raise ArtifactError(f"{source}: layer {name!r} cannot have two factors ({error})") from error
+    return lowrank.replace(module, name, factors)
