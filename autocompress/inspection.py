@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from rich.table import Table
 
     from autocompress.preflight import Preflight
@@ -16,13 +18,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileRow:
-    """One tensor of an artifact. `plain_bytes`: in float32, or as it is where it is no float."""
+    """One tensor of an artifact and where its bytes are.
+
+    `mask_bytes` tell where it is zero, `code_bytes` which values stand elsewhere, `table_bytes` what
+    the codes mean (see `codec.container.Sizes`). `entropy_bytes`: mask and codes at the order-0
+    entropy of the symbols, None where there are none. `plain_bytes`: the tensor in float32, or as it
+    is where it is no float.
+    """
 
     name: str
     kind: str
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
+    mask_bytes: int
+    code_bytes: int
+    table_bytes: int
+    entropy_bytes: int | None
     plain_bytes: int
 
 
@@ -42,17 +54,28 @@ class FileReport:
 
 def inspect_file(path: Path) -> FileReport:
     """Where the bytes of an artifact are. Raises ArtifactError for a file that does not decode."""
-    from autocompress.codec import header
-    from autocompress.compress.artifact import read
+    from autocompress.codec.tensors import Coded
+    from autocompress.compress.artifact import opened
 
-    decoded = read(path)
-    data = path.read_bytes()
     rows = []
-    for entry in header.read(data).entries:
-        width = 4 if "float" in entry.dtype else max(1, int("".join(filter(str.isdigit, entry.dtype)) or 8) // 8)
-        rows.append(FileRow(entry.name, entry.kind, entry.dtype, entry.shape, entry.length, entry.elements * width))
+    with opened(path) as archive:
+        for name, entry in archive.entries.items():
+            tensor, sizes = archive.tensor(name), archive.sizes(name)
+            entropy = _entropy_bytes(tensor.symbols) if isinstance(tensor, Coded) else None
+            width = 4 if "float" in entry.dtype else max(1, int("".join(filter(str.isdigit, entry.dtype)) or 8) // 8)
+            shares = sizes.mask, sizes.codes, sizes.table, entropy, entry.elements * width
+            rows.append(FileRow(name, entry.kind, entry.dtype, entry.shape, entry.length, *shares))
     used = sum(row.size_bytes for row in rows)
-    return FileReport(str(path), len(data), len(data) - used, tuple(rows), decoded.header)
+    return FileReport(str(path), archive.size, archive.size - used, tuple(rows), archive.header)
+
+
+def _entropy_bytes(symbols: NDArray[np.uint16]) -> int:
+    """Bytes of the symbols at the entropy of their histogram."""
+    import numpy as np
+
+    counts = np.bincount(symbols.reshape(-1))
+    counts = counts[counts > 0]
+    return math.ceil(float(-(counts * np.log2(counts / max(1, symbols.size))).sum()) / 8)
 
 
 def file_summary(found: FileReport) -> str:
@@ -69,14 +92,19 @@ def file_table(found: FileReport) -> Table:
     from autocompress.report import human_bytes
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("tensor", "kind", "shape", "bytes", "float32", "bits a value"):
+    for column in ("tensor", "kind", "shape", "bytes", "mask", "codes", "table", "entropy", "float32", "bits a value"):
         table.add_column(column, justify="left" if column in ("tensor", "kind", "shape") else "right")
     for row in found.rows:
         bits = 8 * row.size_bytes / max(1, math.prod(row.shape))
         shape = "x".join(map(str, row.shape))
         name = Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in row.name))  # may be anything: no markup
-        table.add_row(name, row.kind, shape, str(row.size_bytes), human_bytes(row.plain_bytes), f"{bits:.2f}")
-    table.add_row("(header)", "", "", str(found.header_bytes), "", "")
+        shares = (row.size_bytes, row.mask_bytes, row.code_bytes, row.table_bytes, row.entropy_bytes)
+        told = ["" if share is None else str(share) for share in shares]
+        table.add_row(name, row.kind, shape, *told, human_bytes(row.plain_bytes), f"{bits:.2f}")
+    table.add_row("(header)", "", "", str(found.header_bytes))
+    rows = found.rows
+    sums = [sum(each) for each in zip(*((r.mask_bytes, r.code_bytes, r.table_bytes) for r in rows), strict=True)]
+    table.add_row("(all)", "", "", str(found.size_bytes), *map(str, sums))
     return table
 
 

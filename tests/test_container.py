@@ -482,3 +482,32 @@ def test_short_floats_take_short_streams():
     assert len(plain.encode(np.array([469, 3]), "int64")) == 5
     wide = biases.astype(np.uint32) << 16
     assert len(plain.encode(wide.view(np.float32), "float32", mixed=True)) < 100
+
+
+# --- where the bytes are ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("effort", container.EFFORTS)
+def test_the_shares_of_a_stream_add_up(effort):
+    draw = np.random.default_rng(9)
+    mask = draw.random((60, 80)) < 0.1 * draw.beta(0.3, 0.4, (60, 1)) * 4
+    symbols = (mask * draw.integers(1, 9, mask.shape)).astype(np.uint16)
+    tensors = {
+        "coded": Coded(symbols, draw.normal(0, 1, 9).astype(np.float32)),
+        "dense": Coded(draw.integers(0, 9, (60, 80)).astype(np.uint16), np.arange(9, dtype="f4")),
+        "grid": Coded(symbols, grid_table(0.5, 0, 9), "float32", (0.5, 0)),
+        "sparse": Raw(np.where(mask, draw.normal(0, 1, mask.shape), 0).astype(np.float32), "float32"),
+        "raw": Raw(draw.normal(0, 1, 50).astype(np.float32), "float32"),
+        "none": Coded(np.zeros((0, 4), np.uint16), np.zeros(1, "f4")),
+    }
+    archive = Archive(pack(Artifact(tensors), effort))
+    entropy = float(-sum(p * np.log2(p) for p in (mask.mean(), 1 - mask.mean())) * mask.size / 8)
+    for name, entry in archive.entries.items():
+        sizes = archive.sizes(name)
+        assert min(sizes.mask, sizes.codes, sizes.table) >= 0, name
+        assert sizes.mask + sizes.codes + sizes.table == entry.length, name
+        if name in ("coded", "grid", "sparse"):
+            assert 0.4 * entropy < sizes.mask < 1.6 * entropy + 60, name
+            assert sizes.codes > (2.9 / 8 if name != "sparse" else 3) * np.count_nonzero(mask), name
+    assert archive.sizes("coded").table > 4 * 9
+    assert archive.sizes("raw").codes == archive.entries["raw"].length

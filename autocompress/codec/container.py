@@ -99,7 +99,7 @@ class Archive:
     def __init__(self, data: bytes, max_elements: int = MAX_ELEMENTS) -> None:
         head = header.read(data)
         self._data, self._first = memoryview(data), head.first
-        self.header = head.header
+        self.header, self.size = head.header, len(data)
         self.streams_at = head.streams_at
         self.entries = {entry.name: entry for entry in head.entries}
         _check_sizes(head, len(data), max_elements)

@@ -69,6 +69,13 @@ def read(path: str | Path) -> Artifact:
         return container.unpack(_bytes_of(path))
 
 
+@contextmanager
+def opened(path: str | Path) -> Iterator[Archive]:
+    """The file, whose tensors are decoded when they are asked for. Raises ArtifactError as `read` does."""
+    with _named(path):
+        yield Archive(_bytes_of(path))
+
+
 def load(
     path: str | Path,
     model: nn.Module | None = None,
