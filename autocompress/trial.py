@@ -17,6 +17,7 @@ from torch import Tensor
 import autocompress
 from autocompress.codec import container
 from autocompress.compress import apply, artifact, lowrank
+from autocompress.compress.estimate import Estimator
 from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.errors import TaskError, TrialFailed
@@ -158,6 +159,18 @@ class Workbench:
                     return None
                 outputs.append(output.cpu())
         return torch.cat(outputs)
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        return Estimator(self.model, self.layers, self.svd, autocompress.__version__)
+
+    def estimate(self, plan: Plan) -> int:
+        """About the bytes of the plan's file at rung 0, without compressing anything.
+
+        The first plans take up to seconds, in which layers are sorted and coded at a few settings; later
+        ones take milliseconds. Raises PlanError and TrialFailed as `run_trial` does.
+        """
+        return self._estimator.size_bytes(plan)
 
     def baseline_bytes(self) -> int:
         """The length of the model's float32 state as a safetensors file, shared tensors once."""

@@ -226,6 +226,13 @@ def test_going_on_from_a_trial(tmp_path):
     assert child[1].measurement.size_bytes < parent.measurement.size_bytes
 
 
+def test_an_estimate_is_near_the_first_rungs_file():
+    bench = Workbench(task_of())
+    assert bench.estimate(SMALL) == pytest.approx(outcomes(bench, SMALL)[0].measurement.size_bytes, rel=0.03)
+    with pytest.raises(PlanError, match="layer '0': rank is 99"):
+        bench.estimate(Plan({"0": LayerPlan(rank=99), "4": LayerPlan()}))
+
+
 def test_bad_plans_and_budgets_are_one_line():
     task = task_of()
     for plan, said in (

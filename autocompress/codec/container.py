@@ -44,22 +44,27 @@ PER_BYTE = 256
 The max coder decodes some million elements a second, whatever their bytes: else a small file could
 ask for hours.
 """
+SPARSE = 0.7
+"""The share of nonzero elements up to which a tensor of floats is tried as a mask and values."""
 _GRID = struct.Struct("<fi")
 
 
 def pack(artifact: Artifact, effort: str = AUTO) -> bytes:
     """The bytes of the file. `unpack` gives back an equal artifact. Raises ValueError for an unknown effort."""
-    if effort not in EFFORTS:
-        raise ValueError(f"effort is {effort!r}, allowed: {', '.join(EFFORTS)}")
-    total = sum(math.prod(tensor.shape) for tensor in artifact.tensors.values())
-    if effort == AUTO and total > MOST_MIXED:
-        effort = FAST
+    effort = settled(effort, sum(math.prod(tensor.shape) for tensor in artifact.tensors.values()))
     rows, streams = [], []
     for name, tensor in artifact.tensors.items():
         kind, stream = _encode(tensor, effort)
         rows.append((name, kind, tensor.dtype, tensor.shape))
         streams.append(stream)
     return b"".join([header.write(artifact.header, rows, streams), *streams])
+
+
+def settled(effort: str, elements: int) -> str:
+    """The effort that a file of so many elements comes to. Raises ValueError for an unknown effort."""
+    if effort not in EFFORTS:
+        raise ValueError(f"effort is {effort!r}, allowed: {', '.join(EFFORTS)}")
+    return FAST if effort == AUTO and elements > MOST_MIXED else effort
 
 
 def unpack(data: bytes, *, max_elements: int = MAX_ELEMENTS) -> Artifact:
@@ -178,6 +183,11 @@ def _check_sizes(head: header.Head, length: int, max_elements: int) -> None:
         raise ArtifactError(f"artifact is damaged: {length - position} bytes follow its last tensor")
 
 
+def stream_bytes(tensor: Raw | Coded, effort: str = AUTO) -> int:
+    """The length of a tensor's stream in a file of that `settled` effort."""
+    return len(_encode(tensor, effort)[1])
+
+
 @contextmanager
 def _damage_at(name: str) -> Iterator[None]:
     """Tells whatever is wrong with a stream as an ArtifactError with the tensor's name."""
@@ -200,7 +210,7 @@ def _encode(tensor: Raw | Coded, effort: str) -> tuple[str, bytes]:
         coder, stream = _encode_symbols(tensor.symbols, effort)
         return f"{kind}/{coder}", head + stream
     whole = plain.encode(tensor.array, tensor.dtype, mixed)
-    if tensor.array.dtype.kind == "f" and np.count_nonzero(tensor.array) <= 0.7 * tensor.array.size:
+    if tensor.array.dtype.kind == "f" and np.count_nonzero(tensor.array) <= SPARSE * tensor.array.size:
         mask = (tensor.array != 0) | np.signbit(tensor.array)
         coder, packed = _encode_symbols(mask, effort)
         sparse = leb128.write(len(packed)) + packed + plain.encode(tensor.array[mask], tensor.dtype, coder == MAX)

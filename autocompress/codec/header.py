@@ -91,10 +91,12 @@ class Head:
     first: bool = False
 
 
-def write(
-    header: Mapping[str, Any], rows: Sequence[tuple[str, str, str, tuple[int, ...]]], streams: Sequence[bytes]
-) -> bytes:
-    """All of a file that comes before its streams. Rows are name, kind, dtype and shape."""
+Row = tuple[str, str, str, tuple[int, ...]]
+"""Name, kind, dtype and shape of a tensor."""
+
+
+def write(header: Mapping[str, Any], rows: Sequence[Row], streams: Sequence[bytes]) -> bytes:
+    """All of a file that comes before its streams."""
     table = [leb128.write(len(rows))]
     for (_, kind, dtype, shape), stream in zip(rows, streams, strict=True):
         codes = bytes([KINDS.index(kind), list(DTYPES).index(dtype)])

@@ -25,18 +25,27 @@ _FEW = 1 << 12
 _LONGEST_LAG = 256
 
 
-def encode(symbols: NDArray[np.integer[Any]]) -> bytes:
-    """The bytes that `decode` turns back into `symbols`, values 0 to 65535."""
+def encode(symbols: NDArray[np.integer[Any]], searched: bool | None = None) -> bytes:
+    """The bytes that `decode` turns back into `symbols`, values 0 to 65535.
+
+    `searched`: whether a matrix is tried in several ways; None leaves it to `is_searched`.
+    """
     rest = int(np.bincount(symbols.ravel()).argmax()) if symbols.size else 0
     group = math.prod(symbols.shape[2:])
     levels = (symbols.astype(np.int32) - rest).reshape(matrix_shape(symbols.shape))
-    searched = symbols.size <= _TRIES and 2 * int(np.count_nonzero(levels)) <= symbols.size
+    if searched is None:
+        searched = is_searched(symbols.size, int(np.count_nonzero(levels)))
     ways = [(0, lag) for lag in _lags(levels, symbols.shape, searched)]
     if symbols.ndim == 2 and searched:
         ways.append((1, 0))
     few = searched and np.count_nonzero(levels) <= _FEW
     paces = range(len(mixing.PACES) if few else 1)
     return min((_coded(levels, rest, (*way, pace), max(1, group)) for way in ways for pace in paces), key=len)
+
+
+def is_searched(size: int, others: int) -> bool:
+    """Whether a matrix with so many symbols other than the rest is tried in several ways."""
+    return size <= _TRIES and 2 * others <= size
 
 
 def decode(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint16]:

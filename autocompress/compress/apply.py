@@ -136,7 +136,7 @@ class Compressed:
 
     def __init__(self, module: nn.Module, plan: Plan, codes: Mapping[str, Code], aliases: Mapping[str, str]) -> None:
         self.module, self.plan, self.codes, self.aliases = module, plan, codes, aliases
-        self.shortened = _shortened(module, plan)
+        self.shortened = shortened(module, plan)
 
     def substitutes(self) -> dict[str, Tensor]:
         """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
@@ -221,8 +221,8 @@ def _in_short(tensor: Tensor) -> Tensor:
     return tensor + (tensor.detach().bfloat16().to(tensor) - tensor.detach())
 
 
-def _shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
-    """The keys of float32 tensors that are carried in bfloat16.
+def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
+    """The keys of float32 tensors of a module, factorised as the plan says, that are carried in bfloat16.
 
     The bias of a layer of 16 bits or fewer; and where all layers have so few, what normalisation
     layers hold. Their 24 bits would outweigh the codes of a small layer.

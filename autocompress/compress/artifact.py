@@ -52,15 +52,21 @@ def write(
 
     `effort` is one of `container.EFFORTS`.
     """
+    header = described_plan(plan, version) | described_model(model)
+    return container.pack(Artifact(tensors, header), effort)
+
+
+def described_plan(plan: Plan, version: str) -> dict[str, Any]:
+    """What a file's header says of its plan."""
     ranks = {name: [layer.rank, layer.scheme] for name, layer in plan.layers.items() if layer.rank is not None}
     plans = {name: [layer.bits, round(layer.threshold, 6)] for name, layer in plan.layers.items()}
-    header: dict[str, Any] = {"made_by": version, "ranks": ranks, "plan": plans}
+    return {"made_by": version, "ranks": ranks, "plan": plans}
+
+
+def described_model(model: nn.Module) -> dict[str, Any]:
+    """What a file's header says of the uncompressed model: its tree of standard layers, or its class."""
     tree = architecture.describe(model)
-    if tree is not None:
-        header["model"] = tree
-    else:
-        header["class"] = type(model).__name__
-    return container.pack(Artifact(tensors, header), effort)
+    return {"class": type(model).__name__} if tree is None else {"model": tree}
 
 
 def read(path: str | Path) -> Artifact:
