@@ -544,4 +544,4 @@ def test_inspection_shows_names_of_any_kind(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     console.print(inspection.file_table(inspection.inspect_file(path)))
     shown = [line.split()[0] for line in console.file.getvalue().splitlines()]
-    assert shown == ["tensor", "[/b]", "[red]x", "\\ud800", "\\x1b[31m", "a\\nb", "grün", "(header)"]
+    assert shown == ["tensor", "[/b]", "[red]x", "\\ud800", "\\x1b[31m", "a\\nb", "grün", "(header)", "(all)"]

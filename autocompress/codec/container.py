@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autocompress.codec import first_format, header, huffman, leb128, mixed_stream, plain, rans, tables
+from autocompress.codec import first_format, header, huffman, leb128, mixed_stream, plain, rans, rans_kernels, tables
 from autocompress.codec.header import FAST, HUFFMAN, MAX, Entry
 from autocompress.codec.tensors import Artifact, Coded, Raw, grid_table, numpy_type
 from autocompress.errors import ArtifactError
@@ -279,4 +279,6 @@ def _block_values(name: str, block: rans.Block, table: NDArray[np.float32]) -> N
         symbols = block.read()
         if symbols.size and int(symbols.max()) >= table.size:
             raise ArtifactError(f"symbol {symbols.max()} of a table of {table.size}")
-        return np.take(table, symbols)
+        values = np.empty(symbols.size, np.float32)
+        rans_kernels.look_up(symbols, symbols.size, table.view(np.int32), values.view(np.int32))
+        return values

@@ -9,7 +9,7 @@ words, so that decoding goes forwards.
 # ruff: noqa: PLR0917  (kernels take plain numbers and arrays)
 from __future__ import annotations
 
-from autocompress.codec.jit import Bytes, Int, Int64s, Words, kernel
+from autocompress.codec.jit import Bytes, Int, Int32s, Int64s, Words, kernel
 
 
 @kernel
@@ -61,6 +61,14 @@ def spread(mask: Bytes, count: Int, rest: Int, chosen: Words, symbols: Words) ->
     for at in range(count):
         symbols[at] = chosen[taken] if mask[at] else rest
         taken += mask[at]
+    return 0
+
+
+@kernel
+def look_up(symbols: Words, count: Int, table: Int32s, values: Int32s) -> Int:
+    """The table's entry of each symbol; symbols are in the table."""
+    for t in range(count):
+        values[t] = table[symbols[t]]
     return 0
 
 

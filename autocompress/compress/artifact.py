@@ -160,12 +160,23 @@ def _named(path: str | Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: {error}") from error
 
 
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and persistent buffers hold no values yet: theirs come from a file."""
+    memo: dict[int, Any] = {}
+    for tensor in unique_state(model).values():
+        if type(tensor) in (nn.Parameter, Tensor) and not tensor.__dict__ and not tensor.is_meta:
+            empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            parameter = type(tensor) is nn.Parameter
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    return copy.deepcopy(model, memo)
+
+
 def _skeleton(
     header: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module | None, source: str
 ) -> nn.Module:
     """The module that tensors of these shapes go into, without their values."""
     if model is not None:
-        module = copy.deepcopy(model).cpu()
+        module = _hollow(model).cpu()
     elif "model" in header:
         module = architecture.build(header["model"])
     else:
