@@ -75,11 +75,21 @@ def unpack(data: bytes, *, max_elements: int = MAX_ELEMENTS) -> Artifact:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements start .. stop - 1 of a tensor, in row order. `values` decodes them, in any thread."""
+    """Elements start .. stop - 1 of a tensor, in row order, of NumPy's type `dtype`.
+
+    `into` decodes them into an array of that size and type, in any thread.
+    """
 
     start: int
     stop: int
-    values: Callable[[], NDArray[Any]]
+    dtype: np.dtype[Any]
+    into: Callable[[NDArray[Any]], None]
+
+    def values(self) -> NDArray[Any]:
+        """The elements in an array of their own."""
+        array = np.empty(self.stop - self.start, self.dtype)
+        self.into(array)
+        return array
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,11 @@ class Archive:
 
     def stream(self, name: str) -> bytes:
         """A tensor's bytes. Raises ArtifactError where they are not what was written."""
+        return self._view(name).tobytes()
+
+    def _view(self, name: str) -> memoryview:
         entry = self.entries[name]
-        stream = self._data[entry.start : entry.start + entry.length].tobytes()
+        stream = self._data[entry.start : entry.start + entry.length]
         if zlib.crc32(stream) != entry.checksum:
             raise ArtifactError(f"artifact is damaged: the checksum of {name!r} is wrong")
         return stream
@@ -151,16 +164,19 @@ class Archive:
         """
         entry = self.entries[name]
         if self._first or entry.kind not in ("coded/fast", "grid/fast"):
-            return [Part(0, entry.elements, partial(self._whole, name))]
-        stream = self.stream(name)
+            coded = not entry.kind.startswith(("raw", "sparse"))
+            dtype = np.dtype(np.float32) if coded else numpy_type(entry.dtype)
+            return [Part(0, entry.elements, dtype, partial(self._whole, name))]
+        stream = self._view(name)
         with _damage_at(name):
             table, _, position = _read_table(entry.kind, stream)
             found = rans.blocks(stream[position:], entry.shape)
-        return [Part(block.start, block.stop, partial(_block_values, name, block, table)) for block in found]
+        float32 = np.dtype(np.float32)
+        return [Part(block.start, block.stop, float32, partial(_look_up, name, block, table)) for block in found]
 
-    def _whole(self, name: str) -> NDArray[Any]:
+    def _whole(self, name: str, array: NDArray[Any]) -> None:
         tensor = self.tensor(name)
-        return (tensor.values() if isinstance(tensor, Coded) else tensor.array).reshape(-1)
+        array[:] = (tensor.values() if isinstance(tensor, Coded) else tensor.array).reshape(-1)
 
 
 def _check_sizes(head: header.Head, length: int, max_elements: int) -> None:
@@ -256,7 +272,7 @@ def _decode(entry: Entry, stream: bytes) -> Raw | Coded:
     return _checked(Coded(decode(stream[position:], entry.shape), table, entry.dtype, grid))
 
 
-def _read_table(kind: str, stream: bytes) -> tuple[NDArray[np.float32], tuple[float, int] | None, int]:
+def _read_table(kind: str, stream: bytes | memoryview) -> tuple[NDArray[np.float32], tuple[float, int] | None, int]:
     """The values, the grid that they lie on, if any, and where the symbols begin."""
     if kind.startswith("coded"):
         table, position = tables.decode(stream, 0)
@@ -274,11 +290,9 @@ def _checked(tensor: Coded) -> Coded:
     return tensor
 
 
-def _block_values(name: str, block: rans.Block, table: NDArray[np.float32]) -> NDArray[np.float32]:
+def _look_up(name: str, block: rans.Block, table: NDArray[np.float32], values: NDArray[np.float32]) -> None:
     with _damage_at(name):
         symbols = block.read()
         if symbols.size and int(symbols.max()) >= table.size:
             raise ArtifactError(f"symbol {symbols.max()} of a table of {table.size}")
-        values = np.empty(symbols.size, np.float32)
         rans_kernels.look_up(symbols, symbols.size, table.view(np.int32), values.view(np.int32))
-        return values

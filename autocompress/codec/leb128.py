@@ -20,7 +20,7 @@ def write(*numbers: int) -> bytes:
     return bytes(out)
 
 
-def read(data: bytes, position: int) -> tuple[int, int]:
+def read(data: bytes | memoryview, position: int) -> tuple[int, int]:
     """The number that begins at a position, and the position after it. Raises ArtifactError where it has no end."""
     value = 0
     for k, byte in enumerate(data[position : position + _MOST_BYTES]):

@@ -38,6 +38,7 @@ from autocompress.codec.rans_kernels import (
 from autocompress.errors import ArtifactError
 
 Symbols = NDArray[np.uint16]
+Data = bytes | memoryview
 BLOCK = 1 << 20
 """Elements of a block."""
 MAX_ALPHABET = 1 << 16
@@ -86,7 +87,7 @@ class Block:
     read: Callable[[], Symbols]
 
 
-def blocks(data: bytes, shape: tuple[int, ...]) -> list[Block]:
+def blocks(data: Data, shape: tuple[int, ...]) -> list[Block]:
     """The parts of a stream, none of them decoded yet. Raises ArtifactError for a stream that cannot be one."""
     size = math.prod(shape)
     if not size:
@@ -177,7 +178,7 @@ class _Model:
         return front + np.packbits(classes, bitorder="little").tobytes() + tail
 
 
-def _read_model(data: bytes, shape: tuple[int, int]) -> tuple[_Model, int]:
+def _read_model(data: Data, shape: tuple[int, int]) -> tuple[_Model, int]:
     """The model at the beginning of a stream and where it ends."""
     classes, position = leb128.read(data, 0)
     mask = None
@@ -194,7 +195,7 @@ def _read_model(data: bytes, shape: tuple[int, int]) -> tuple[_Model, int]:
     return _Model(mask, precision, frequencies), position
 
 
-def _read_mask(data: bytes, position: int, classes: int, shape: tuple[int, int]) -> tuple[_Mask, int]:
+def _read_mask(data: Data, position: int, classes: int, shape: tuple[int, int]) -> tuple[_Mask, int]:
     rest, position = leb128.read(data, position)
     if classes not in CLASS_COUNTS or rest >= MAX_ALPHABET:
         raise ArtifactError(f"stream is damaged: {classes} classes, allowed: {CLASS_COUNTS}; rest is symbol {rest}")
@@ -214,7 +215,7 @@ def _read_mask(data: bytes, position: int, classes: int, shape: tuple[int, int])
     return _Mask(rest, classes, every[:rows].copy(), every[rows:].copy(), ones), end
 
 
-def _read_numbers(data: bytes, position: int, count: int) -> tuple[NDArray[np.int64], int]:
+def _read_numbers(data: Data, position: int, count: int) -> tuple[NDArray[np.int64], int]:
     numbers = np.zeros(count, np.int64)
     for k in range(count):
         numbers[k], position = leb128.read(data, position)
@@ -357,7 +358,7 @@ def _encode_block(model: _Model, flat: Symbols, start: int) -> list[Symbols]:
     return [*parts, np.concatenate([_words_of(state), words[at:]])]
 
 
-def _decode_block(model: _Model, start: int, stop: int, parts: list[bytes]) -> Symbols:
+def _decode_block(model: _Model, start: int, stop: int, parts: list[Data]) -> Symbols:
     symbols = np.empty(stop - start, np.uint16)
     count, mask = stop - start, model.mask
     if mask is not None:
@@ -392,13 +393,15 @@ def _words_of(state: NDArray[np.int64]) -> Symbols:
     return np.stack([state >> 16, state & 0xFFFF], axis=1).astype(np.uint16).ravel()
 
 
-def _opened(part: bytes) -> tuple[NDArray[np.int64], Symbols]:
+def _opened(part: Data) -> tuple[NDArray[np.int64], Symbols]:
     """The states at the beginning of a block's part, and its words with room after them."""
-    words = np.frombuffer(part, "<u2").astype(np.uint16)
-    if words.size < 2 * _LANES:
+    told = np.frombuffer(part, "<u2")
+    if told.size < 2 * _LANES:
         raise ArtifactError(f"stream is damaged: a block of {len(part)} bytes, expected: {4 * _LANES} or more")
-    pairs = words[: 2 * _LANES].reshape(-1, 2).astype(np.int64)
-    return pairs[:, 0] << 16 | pairs[:, 1], np.concatenate([words, np.zeros(_LANES, np.uint16)])
+    pairs = told[: 2 * _LANES].reshape(-1, 2).astype(np.int64)
+    words = np.zeros(told.size + _LANES, np.uint16)
+    words[: told.size] = told
+    return pairs[:, 0] << 16 | pairs[:, 1], words
 
 
 def _check_end(at: int, words: Symbols, state: NDArray[np.int64]) -> None:

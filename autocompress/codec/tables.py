@@ -39,7 +39,7 @@ def encode(table: NDArray[np.float32], mixed: bool) -> bytes:
     return head + min(ways, key=len)
 
 
-def decode(data: bytes, position: int) -> tuple[NDArray[np.float32], int]:
+def decode(data: bytes | memoryview, position: int) -> tuple[NDArray[np.float32], int]:
     """The table at a position, and the position after it. Raises ArtifactError for anything damaged."""
     size, position = leb128.read(data, position)
     way = data[position] if position < len(data) else -1
@@ -56,7 +56,7 @@ def decode(data: bytes, position: int) -> tuple[NDArray[np.float32], int]:
     if way == _BFLOAT16:
         high = np.frombuffer(part, "<u2").astype(np.uint32)
     else:
-        places = np.cumsum(mixing.decode(part, (1, size))[0].astype(np.int64))
+        places = np.cumsum(mixing.decode(bytes(part), (1, size))[0].astype(np.int64))
         if size and np.abs(places).max() > 0x7FFF:
             raise ArtifactError("artifact is damaged: a table's values are no bfloat16")
         high = (np.abs(places) | (places < 0) << 15).astype(np.uint32)

@@ -226,11 +226,15 @@ def _filled(module: nn.Module, archive: Archive) -> nn.Module:
 
 def _put(target: Tensor, dtype: str, part: Part) -> None:
     """Decode a part into its place."""
-    values = torch.from_numpy(np.require(part.values(), requirements=["W", "C"]))
+    place = target.view(-1)[part.start : part.stop]
+    if target.dtype == torch.float32 and part.dtype == np.float32 and target.is_cpu:
+        part.into(place.numpy())
+        return
+    values = torch.from_numpy(part.values())
     if dtype == "bfloat16" and values.dtype == torch.uint16:
         values = values.view(torch.bfloat16)
     with torch.no_grad():
-        target.view(-1)[part.start : part.stop].copy_(values)
+        place.copy_(values)
 
 
 def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[tuple[Tensor, str, Part]], most: int) -> Iterator[Future[None]]:
