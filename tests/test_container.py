@@ -158,11 +158,25 @@ def test_the_shorter_coder_is_taken_and_each_is_read(monkeypatch):
 def test_a_large_tensor_goes_through_the_max_coder_only_if_it_fills_its_bytes(monkeypatch):
     monkeypatch.setattr(container, "MOST_MIXED", 1000)
     draw = np.random.default_rng(0)
-    full, empty = draw.integers(0, 4, (40, 50)).astype(np.uint16), np.zeros((40, 50), np.uint16)
+    full, empty = draw.integers(0, 4, (40, 50)).astype(np.uint16), np.zeros((400, 50), np.uint16)
     empty[3, 4] = 1
     data = pack(Artifact({n: Coded(s, np.arange(4, dtype="f4")) for n, s in (("a", full), ("b", empty))}), "max")
     assert [e.kind for e in header.read(data).entries] == ["coded/max", "coded/fast"]
     assert np.array_equal(unpack(data).tensors["b"].symbols, empty)
+
+
+@pytest.mark.parametrize("dtype", ["coded", "float32", "bfloat16"])
+def test_many_tensors_of_few_bytes_each_are_read_back(dtype, monkeypatch):
+    """What the writer leaves to the max coder is what the reader allows all tensors together."""
+    monkeypatch.setattr(container, "MOST_MIXED", 50_000)
+    eye = np.eye(400, 50, 49)
+    tensor = Coded(eye.astype(np.uint16), np.arange(2, dtype="f4")) if dtype == "coded" else Raw(
+        eye.astype("u2" if dtype == "bfloat16" else "f4"), dtype)  # fmt: skip
+    for effort in container.EFFORTS:
+        artifact = Artifact(dict.fromkeys("abcd", tensor))
+        same(unpack(pack(artifact, effort)), artifact)
+        ones = Artifact({name: Raw(np.ones((400, 50), "f4"), "float32") for name in "abcd"})
+        same(unpack(pack(ones, effort)), ones)
 
 
 numbers = {name: np.dtype(kind) for name, kind in DTYPES.items()}

@@ -37,9 +37,9 @@ EFFORTS = (AUTO, FAST, MAX, HUFFMAN)
 MAX_ELEMENTS = 1 << 30
 """Elements of all tensors together that a file may ask for, unless the reader allows more."""
 MOST_MIXED = 1 << 22
-"""Elements of all tensors together up to which "auto" tries the max coder, and any file may use it."""
+"""Elements of all tensors together up to which "auto" tries the max coder, and any file may use it (see `PER_BYTE`)."""
 PER_BYTE = 256
-"""Elements for each byte of its stream that a larger tensor may have under the max coder.
+"""Elements for each byte of its stream that a tensor may have under the max coder; what is more counts to `MOST_MIXED`.
 
 The max coder decodes some million elements a second, whatever their bytes: else a small file could
 ask for hours.
@@ -52,9 +52,12 @@ _GRID = struct.Struct("<fi")
 def pack(artifact: Artifact, effort: str = AUTO) -> bytes:
     """The bytes of the file. `unpack` gives back an equal artifact. Raises ValueError for an unknown effort."""
     effort = settled(effort, sum(math.prod(tensor.shape) for tensor in artifact.tensors.values()))
-    rows, streams = [], []
+    rows, streams, free = [], [], MOST_MIXED
     for name, tensor in artifact.tensors.items():
         kind, stream = _encode(tensor, effort)
+        if _mixed_freely(kind, math.prod(tensor.shape), len(stream)) > free:
+            kind, stream = _encode(tensor, FAST)
+        free -= _mixed_freely(kind, math.prod(tensor.shape), len(stream))
         rows.append((name, kind, tensor.dtype, tensor.shape))
         streams.append(stream)
     return b"".join([header.write(artifact.header, rows, streams), *streams])
@@ -185,8 +188,7 @@ def _check_sizes(head: header.Head, length: int, max_elements: int) -> None:
     position = head.streams_at
     for entry in head.entries:
         total += math.prod(max(1, n) for n in entry.shape)
-        if entry.coder == MAX:
-            mixed += max(0, entry.elements - PER_BYTE * entry.length)
+        mixed += _mixed_freely(entry.kind, entry.elements, entry.length)
         if mixed > MOST_MIXED:
             raise ArtifactError(f"artifact is damaged: {entry.elements} symbols of {entry.name!r} in few bytes")
         if total > max_elements:
@@ -202,6 +204,12 @@ def _check_sizes(head: header.Head, length: int, max_elements: int) -> None:
 def stream_bytes(tensor: Raw | Coded, effort: str = AUTO) -> int:
     """The length of a tensor's stream in a file of that `settled` effort."""
     return len(_encode(tensor, effort)[1])
+
+
+def _mixed_freely(kind: str, elements: int, length: int) -> int:
+    """Elements that the max coder has to decode beyond what the stream's bytes allow."""
+    passes = 0 if not kind.endswith(MAX) else 2 if kind.startswith("sparse") else 1  # a mask, and values under it
+    return max(0, passes * elements - PER_BYTE * length)
 
 
 @contextmanager
@@ -244,10 +252,7 @@ def _encode_symbols(symbols: NDArray[Any], effort: str) -> tuple[str, bytes]:
         ways.append((FAST, rans.encode(symbols)))
     if effort != FAST:
         ways.append((MAX, mixed_stream.encode(symbols)))
-    coder, stream = min(ways, key=lambda way: len(way[1]))
-    if coder == MAX and symbols.size > MOST_MIXED and symbols.size > PER_BYTE * len(stream):
-        return FAST, rans.encode(symbols)
-    return coder, stream
+    return min(ways, key=lambda way: len(way[1]))
 
 
 _DECODERS = {FAST: rans.decode, MAX: mixed_stream.decode, HUFFMAN: huffman.decode}
