@@ -47,16 +47,20 @@ def decode(data):
         shape = tuple(numbers(head, number(head)))
         rows.append((KINDS[kind], DTYPES[dtype], shape, number(head), array(head, "<u4", 1)[0]))
     header = json.loads(zlib.decompressobj(-15, zdict=DICTIONARY).decompress(head.read()))
+    alive = []  # the units of each tensor that are not zero throughout
     for name, (kind, dtype, shape, length, checksum) in zip(header.pop("tensors"), rows, strict=True):
         stream, position = data[position : position + length], position + length
         assert len(stream) == length, f"truncated: {name}"
         assert zlib.crc32(stream) == checksum, f"damaged: {name}"
-        tensors[name] = tensor(BytesIO(stream), *kind.partition("/")[::2], dtype, shape)
+        tensors[name] = tensor(BytesIO(stream), *kind.partition("/")[::2], dtype, shape, alive=alive)
+        alive.append(tensors[name].reshape(len(tensors[name]), -1).any(axis=1) if len(shape) > 1 and shape[0] else [])
     return header, tensors
 
 
-def tensor(stream, kind, coder, dtype, shape):
-    symbols = from_fast if coder == "fast" else from_max
+def tensor(stream, kind, coder, dtype, shape, *, alive):
+    def symbols(stream, shape):
+        return from_fast(stream, shape) if coder == "fast" else from_max(stream, shape, alive)
+
     if kind == "raw":
         return plain(stream, dtype, math.prod(shape)).reshape(shape)
     if kind == "sparse":
@@ -138,12 +142,16 @@ def from_fast(stream, shape):
     return np.array(out, int).reshape(shape)
 
 
-def from_max(stream, shape):
+def from_max(stream, shape, alive):
     rest, way, (rows, columns), group = number(stream), number(stream), matrix(shape), max(1, math.prod(shape[2:]))
     lag = number(stream) if way & 2 else 0
+    dead = np.zeros(1, bool)
+    if way & 8:
+        dead = ~alive[-number(stream)]
+    dead = np.repeat(dead, columns // len(dead))
     if way & 1:
-        return levels(stream.read(), columns, rows, (lag, 1, way >> 2)).T + rest
-    return levels(stream.read(), rows, columns, (lag, group, way >> 2)).reshape(shape) + rest
+        return levels(stream.read(), columns, rows, (lag, 1, way >> 2 & 1), (dead, False)).T + rest
+    return levels(stream.read(), rows, columns, (lag, group, way >> 2 & 1), (False, dead)).reshape(shape) + rest
 
 
 if __name__ == "__main__":

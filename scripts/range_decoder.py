@@ -70,13 +70,17 @@ def sign(x):
     return (x > 0) + 2 * (x < 0)
 
 
-def levels(data, rows, columns, way=(0, 1, 0)):
-    """A matrix of levels; `way` is lag, group and pace. Of each row and each column it keeps three numbers: levels
-    other than zero so far, the sum of their magnitudes, the last one's sign."""
+def levels(data, rows, columns, way=(0, 1, 0), dead=(False, False)):
+    """A matrix of levels; `way` is lag, group and pace, `dead` rows and columns are likely to be empty.
+
+    Of each row and each column it keeps three numbers: levels other than zero so far, the sum of their magnitudes,
+    the last one's sign.
+    """
     prior, (lag, group, pace) = max(1, data[0] if data else 1), way
     coder, out = Decisions(data[1:], pace), np.zeros((rows, columns), int)
     row_lines, column_lines = ([[0, 0, 0] for _ in range(n)] for n in (rows, columns))
     groups = [0] * (columns // group + 1)
+    dead_rows, dead_columns = (np.broadcast_to(flags, n) for flags, n in zip(dead, out.shape, strict=True))
     for i in range(rows):
         row, here, above, in_group = row_lines[i], [0] * columns, out[i - 1] if i else np.zeros(columns, int), 0
         for j in range(columns):
@@ -86,6 +90,8 @@ def levels(data, rows, columns, way=(0, 1, 0)):
             a, a2, u, b, b2, b3 = (int(x != 0) for x in (left, left2, above[j], back, right, corner))
             near = [k for k in (j - 1, j + 1, *((j - lag, j + lag) if lag else ())) if 0 <= k < columns]
             r, c = density(row[0], j, prior), density(column[0], i, prior)
+            if (dead_rows[i] and not row[0]) or (dead_columns[j] and not column[0]):
+                r = c = 15
             n = density(sum(column_lines[k][0] for k in near), (4 if lag else 2) * i, prior)
             g = density(groups[j // group], i * group, prior)
             most = (min(31, row[0]), min(31, column[0]))

@@ -58,6 +58,18 @@ def test_golden_tensors_are_read_for_ever(effort):
     assert pack(golden().kinds(), effort) == data  # files are the same on every machine
 
 
+def test_the_golden_file_of_feeders_is_read_for_ever():
+    data = (GOLDEN / "feeder3.acz").read_bytes()
+    same(unpack(data), golden().fed())
+    assert pack(golden().fed(), "max") == data
+    archive = Archive(data)
+    fed = [archive._feeder_of(entry) for entry in archive.entries.values()]
+    assert fed[0] == 0
+    assert sum(distance > 0 for distance in fed) >= 3
+    for name in reversed(archive.entries):  # in any order, each with its feeders
+        assert np.array_equal(Archive(data).tensor(name).symbols, golden().fed().tensors[name].symbols)
+
+
 def test_golden_files_are_all_there_and_are_never_written_again(tmp_path, capsys):
     for name in (
         "kinds.acz", "model.acz", "model.json", "kinds3-auto.acz", "kinds3-huffman.acz", "model3.acz", "model3.json",

@@ -55,7 +55,7 @@ def test_the_dictionary_is_ours():
     assert (ROOT / "docs" / "artifact-dictionary.txt").read_bytes() == header._DICTIONARY
 
 
-@pytest.mark.parametrize("name", ["kinds3-auto", "kinds3-fast", "kinds3-max", "model3"])
+@pytest.mark.parametrize("name", ["kinds3-auto", "kinds3-fast", "kinds3-max", "feeder3", "model3"])
 def test_golden_files(name, decode):
     same((ROOT / "tests" / "golden" / f"{name}.acz").read_bytes(), decode)
 

@@ -47,10 +47,32 @@ def test_the_machine_code_does_what_the_python_says(matrix, lag, group):
     row, column = [0] * (3 * rows), [0] * (3 * columns + 4 + columns)
     tables, prior = mixing._tables().tolist(), mixing._prior(np.count_nonzero(matrix), matrix.size)
     plain = in_python(mixing.code_levels)
-    args = (matrix.ravel().tolist(), rows, columns, lag, group, prior, 1)
+    draw = np.random.default_rng(matrix.size)
+    dead = draw.random(rows) < 0.3, draw.random(columns) < 0.3
+    likely = np.concatenate(dead).astype(int).tolist()
+    args = (matrix.ravel().tolist(), rows, columns, lag, group, prior, likely, 1)
     end = plain(*args, now, prob.tolist(), weight.tolist(), tables, row, column, data, len(data))
     written = bytes(data[:end]) + mixing._between(now[0], now[1])
-    assert mixing.encode(matrix, lag, group) == bytes([prior]) + written.rstrip(b"\0")
+    data = mixing.encode(matrix, lag, group, dead=dead)
+    assert data == bytes([prior]) + written.rstrip(b"\0")
+    assert np.array_equal(mixing.decode(data, matrix.shape, lag, group, dead=dead), matrix)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_columns_that_read_dead_units_cost_next_to_nothing(density):
+    draw = np.random.default_rng(0)
+    alive = np.sort(draw.permutation(300)[:100])
+    dead = np.ones(300, bool)
+    dead[alive] = False
+    symbols = np.zeros((100, 300), int)
+    symbols[:, alive] = (draw.random((100, 100)) < density) * draw.integers(1, 8, (100, 100))
+    told = mixed_stream.encode(symbols, feeder=mixed_stream.Feeder(1, dead))
+    assert len(told) < len(mixed_stream.encode(symbols[:, alive])) + 10  # 200 columns
+    assert len(told) < len(mixed_stream.encode(symbols)) - 25
+    assert mixed_stream.feeder_of(told) == 1
+    assert np.array_equal(mixed_stream.decode(told, symbols.shape, dead), symbols)
+    wrong = mixed_stream.encode(symbols, feeder=mixed_stream.Feeder(1, ~dead))
+    assert len(wrong) <= len(mixed_stream.encode(symbols))  # a hint that misleads is left out
 
 
 @pytest.mark.parametrize("alphabet", [2, 5, 33, 256])
@@ -146,5 +168,13 @@ def test_values_that_are_not_allowed_are_refused():
         mixing.encode(np.zeros((2, 2), int), pace=2)
     with pytest.raises(ArtifactError, match="a transposed matrix of 3 axes"):
         mixed_stream.decode(bytes([0, 1, 0]), (3, 4, 1))
-    with pytest.raises(ArtifactError, match="pace is 2"):
-        mixed_stream.decode(bytes([0, 8, 0]), (3, 4))
+    with pytest.raises(ArtifactError, match="its way is 16"):
+        mixed_stream.decode(bytes([0, 16, 0]), (3, 4))
+    with pytest.raises(ArtifactError, match="it has a feeder, and none is given"):
+        mixed_stream.decode(bytes([0, 8, 1]), (3, 4))
+    with pytest.raises(ArtifactError, match="3 units feed 4 columns"):
+        mixed_stream.decode(bytes([0, 8, 1]), (3, 4), np.zeros(3, bool))
+    with pytest.raises(ArtifactError, match="it feeds itself"):
+        mixed_stream.feeder_of(bytes([0, 8, 0]))
+    with pytest.raises(ValueError, match="3 rows and columns may be dead, there are 4"):
+        mixing.encode(np.zeros((2, 2), int), dead=(np.zeros(1, bool), np.zeros(2, bool)))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +53,12 @@ def pack(artifact: Artifact, effort: str = AUTO) -> bytes:
     """The bytes of the file. `unpack` gives back an equal artifact. Raises ValueError for an unknown effort."""
     effort = settled(effort, sum(math.prod(tensor.shape) for tensor in artifact.tensors.values()))
     rows, streams, free = [], [], MOST_MIXED
-    for name, tensor in artifact.tensors.items():
-        kind, stream = _encode(tensor, effort)
+    units: dict[int, NDArray[np.bool_]] = {}
+    for index, (name, tensor) in enumerate(artifact.tensors.items()):
+        feeder = _feeder(units, index, tensor) if effort in (AUTO, MAX) else None
+        kind, stream = _encode(tensor, effort, feeder)
+        if isinstance(tensor, Coded) and len(tensor.shape) > 1 and effort in (AUTO, MAX):
+            units[index] = dead_units(tensor)
         if _mixed_freely(kind, math.prod(tensor.shape), len(stream)) > free:
             kind, stream = _encode(tensor, FAST)
         free -= _mixed_freely(kind, math.prod(tensor.shape), len(stream))
@@ -120,6 +124,9 @@ class Archive:
         self.header, self.size = head.header, len(data)
         self.streams_at = head.streams_at
         self.entries = {entry.name: entry for entry in head.entries}
+        self._all = head.entries
+        self._order = {entry.name: index for index, entry in enumerate(head.entries)}
+        self._units: dict[int, NDArray[np.bool_]] = {}
         _check_sizes(head, len(data), max_elements)
 
     def stream(self, name: str) -> bytes:
@@ -140,7 +147,34 @@ class Archive:
             if self._first:
                 tensor = first_format.decode_tensor(entry.kind, entry.dtype, entry.shape, stream)
                 return _checked(tensor) if isinstance(tensor, Coded) else tensor
-            return _decode(entry, stream)
+            return _decode(entry, stream, self._dead(self._order[name]))
+
+    def _dead(self, index: int) -> NDArray[np.bool_] | None:
+        """The dead units of the layer that feeds a tensor, None where none is told.
+
+        Feeders may have feeders: they are decoded one after the other, the first one first.
+        """
+        entries, chain = self._all, []
+        while distance := self._feeder_of(entries[index]):
+            index -= distance
+            if index < 0 or len(entries[index].shape) < 2 or not entries[index].coder:
+                raise ArtifactError(f"its feeder, {distance} tensors before, is no layer")
+            chain.append(index)
+            if index in self._units:
+                break
+        dead: NDArray[np.bool_] | None = None
+        for feeder in reversed(chain):
+            if feeder not in self._units:
+                found = _decode(entries[feeder], self.stream(entries[feeder].name), dead)
+                self._units[feeder] = dead_units(found)
+            dead = self._units[feeder]
+        return dead
+
+    def _feeder_of(self, entry: Entry) -> int:
+        if entry.kind not in ("coded/max", "grid/max"):
+            return 0
+        stream = self.stream(entry.name)
+        return mixed_stream.feeder_of(stream[_read_table(entry.kind, stream)[2] :])
 
     def sizes(self, name: str) -> Sizes:
         """Where the bytes of a tensor's stream are. Raises ArtifactError."""
@@ -180,6 +214,24 @@ class Archive:
     def _whole(self, name: str, array: NDArray[Any]) -> None:
         tensor = self.tensor(name)
         array[:] = (tensor.values() if isinstance(tensor, Coded) else tensor.array).reshape(-1)
+
+
+def dead_units(tensor: Raw | Coded) -> NDArray[np.bool_]:
+    """Which units of a layer of two axes or more are dead: the rows of its weight that are zero throughout."""
+    other = (tensor.table != 0)[tensor.symbols] if isinstance(tensor, Coded) else tensor.array != 0
+    rows = tensor.shape[0]
+    return ~other.reshape(rows, -1).any(axis=1) if rows else np.zeros(0, np.bool_)
+
+
+def _feeder(units: Mapping[int, NDArray[np.bool_]], index: int, tensor: Raw | Coded) -> mixed_stream.Feeder | None:
+    """The nearest layer before a tensor whose units fit its columns, if any of them is dead."""
+    if not isinstance(tensor, Coded) or len(tensor.shape) < 2:
+        return None
+    columns = math.prod(tensor.shape[1:])
+    for before in range(index - 1, -1, -1):
+        if before in units and units[before].size > 1 and columns and not columns % units[before].size:
+            return mixed_stream.Feeder(index - before, units[before]) if units[before].any() else None
+    return None
 
 
 def _check_sizes(head: header.Head, length: int, max_elements: int) -> None:
@@ -223,15 +275,15 @@ def _damage_at(name: str) -> Iterator[None]:
         raise ArtifactError(f"{name!r} asks for more memory than there is") from error
 
 
-def _encode(tensor: Raw | Coded, effort: str) -> tuple[str, bytes]:
-    """The kind and the stream of a tensor."""
+def _encode(tensor: Raw | Coded, effort: str, feeder: mixed_stream.Feeder | None = None) -> tuple[str, bytes]:
+    """The kind and the stream of a tensor; its feeder, if there is one, is told where that is shorter."""
     mixed = effort in (AUTO, MAX)
     if isinstance(tensor, Coded):
         kind = "coded" if tensor.grid is None else "grid"
         head = tables.encode(tensor.table, mixed)
         if tensor.grid is not None:
             head = _GRID.pack(*tensor.grid) + leb128.write(tensor.table.size)
-        coder, stream = _encode_symbols(tensor.symbols, effort)
+        coder, stream = _encode_symbols(tensor.symbols, effort, feeder)
         return f"{kind}/{coder}", head + stream
     whole = plain.encode(tensor.array, tensor.dtype, mixed)
     if tensor.array.dtype.kind == "f" and np.count_nonzero(tensor.array) <= SPARSE * tensor.array.size:
@@ -243,7 +295,7 @@ def _encode(tensor: Raw | Coded, effort: str) -> tuple[str, bytes]:
     return "raw/max" if plain.is_mixed(whole) else "raw", whole
 
 
-def _encode_symbols(symbols: NDArray[Any], effort: str) -> tuple[str, bytes]:
+def _encode_symbols(symbols: NDArray[Any], effort: str, feeder: mixed_stream.Feeder | None = None) -> tuple[str, bytes]:
     """The coder that an effort comes to, and its stream."""
     if effort == HUFFMAN:
         return HUFFMAN, huffman.encode(symbols)
@@ -251,14 +303,15 @@ def _encode_symbols(symbols: NDArray[Any], effort: str) -> tuple[str, bytes]:
     if effort != MAX:
         ways.append((FAST, rans.encode(symbols)))
     if effort != FAST:
-        ways.append((MAX, mixed_stream.encode(symbols)))
+        ways.append((MAX, mixed_stream.encode(symbols, None, feeder)))
     return min(ways, key=lambda way: len(way[1]))
 
 
 _DECODERS = {FAST: rans.decode, MAX: mixed_stream.decode, HUFFMAN: huffman.decode}
 
 
-def _decode(entry: Entry, stream: bytes) -> Raw | Coded:
+def _decode(entry: Entry, stream: bytes, dead: NDArray[np.bool_] | None = None) -> Raw | Coded:
+    """The tensor of a stream; `dead` are its feeder's units."""
     if entry.kind.startswith("raw"):
         if plain.is_mixed(stream) != (entry.coder == MAX):
             raise ArtifactError("its kind does not fit its coder")
@@ -274,7 +327,9 @@ def _decode(entry: Entry, stream: bytes) -> Raw | Coded:
         array[mask] = plain.decode(rest, entry.dtype, int(np.count_nonzero(mask)))
         return Raw(array, entry.dtype)
     table, grid, position = _read_table(entry.kind, stream)
-    return _checked(Coded(decode(stream[position:], entry.shape), table, entry.dtype, grid))
+    symbols = stream[position:]
+    told = mixed_stream.decode(symbols, entry.shape, dead) if entry.coder == MAX else decode(symbols, entry.shape)
+    return _checked(Coded(told, table, entry.dtype, grid))
 
 
 def _read_table(kind: str, stream: bytes | memoryview) -> tuple[NDArray[np.float32], tuple[float, int] | None, int]:

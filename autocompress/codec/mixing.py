@@ -47,6 +47,10 @@ CONTEXT, LOGIT = 4, 20
 """In `now`: 0 low, 1 high, 2 code, 3 position of the arithmetic coder, then contexts and logits of a decision."""
 
 
+Dead = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""Which rows and which columns are likely to be empty."""
+
+
 @kernel
 def log_class(x: Int, table: Int32s) -> Int:
     """24 log2(x), rounded down, to 12 significant bits of x."""
@@ -194,13 +198,14 @@ def note(at: Int, magnitude: Int, plus: Int, line: Int32s) -> Int:
 
 @kernel
 def code_levels(
-    levels: Int32s, rows: Int, columns: Int, lag: Int, group: Int, prior: Int, encoding: Int,
+    levels: Int32s, rows: Int, columns: Int, lag: Int, group: Int, prior: Int, dead: Bytes, encoding: Int,
     now: Int64s, prob: Int32s, weight: Int32s, table: Int32s, row: Int32s, column: Int32s, data: Bytes, size: Int,
 ) -> Int:  # fmt: skip
     """Code all levels in row order; the position after the bytes that were written or read.
 
-    `row` and `column` hold what is known of each: nonzero elements, sum of magnitudes, last sign;
-    then, in `column`, the nonzero elements of each group of columns.
+    `dead` tells which rows, then which columns, are likely to be empty. `row` and `column` hold what is
+    known of each: nonzero elements, sum of magnitudes, last sign; then, in `column`, the nonzero
+    elements of each group of columns.
     """
     for i in range(rows):
         in_group = 0
@@ -220,8 +225,9 @@ def code_levels(
             around = column[3 * j + 3] + (column[3 * j - 3] if j > 0 else 0)
             around += column[3 * (j - lag)] if lag > 0 and j >= lag else 0
             around += column[3 * (j + lag)] if lag > 0 and j + lag < columns else 0
-            r = density_class(in_row, j, prior, table)
-            c = density_class(in_column, i, prior, table)
+            empty = (dead[i] != 0 and in_row == 0) or (dead[rows + j] != 0 and in_column == 0)
+            r = 15 if empty else density_class(in_row, j, prior, table)
+            c = 15 if empty else density_class(in_column, i, prior, table)
             n = density_class(around, (4 if lag > 0 else 2) * i, prior, table)
             now[CONTEXT] = r * 16 + c
             now[CONTEXT + 1] = r * 16 + (left != 0) * 8 + (up != 0) * 4 + (back != 0) * 2 + (left2 != 0)
@@ -256,13 +262,15 @@ def code_levels(
     return int(now[3])
 
 
-def encode(levels: NDArray[np.integer[Any]], lag: int = 0, group: int = 1, pace: int = 0) -> bytes:
+def encode(
+    levels: NDArray[np.integer[Any]], lag: int = 0, group: int = 1, pace: int = 0, *, dead: Dead | None = None
+) -> bytes:
     """The bytes of a matrix of levels, at most 2 ** 16 in magnitude.
 
     `lag`: a column's likely relative is that many columns before it (the pixel above, in a layer
     that reads images), at least 2, or 0 for none. `group`: that many columns in a row belong
-    together (a convolution's kernel). `pace`: a place in `PACES`. Raises ValueError for values that
-    are not allowed.
+    together (a convolution's kernel). `pace`: a place in `PACES`. `dead`: which rows, and which
+    columns, are likely to be empty. Raises ValueError for values that are not allowed.
     """
     _check(lag, group, pace)
     if levels.size and max(-int(levels.min()), int(levels.max())) > 1 << MOST_BITS:
@@ -270,15 +278,17 @@ def encode(levels: NDArray[np.integer[Any]], lag: int = 0, group: int = 1, pace:
     flat = np.ascontiguousarray(levels, dtype=np.int32).reshape(-1)
     prior = _prior(int(np.count_nonzero(flat)), flat.size)
     data = np.zeros(4 * flat.size + 64, np.uint8)
-    now = _run(flat, levels.shape, (lag, group, pace), prior, data, code=None)
+    now = _run(flat, levels.shape, (lag, group, pace), prior, data, code=None, dead=dead)
     if now[3] > data.size:  # more than 32 bits a level
         data = np.zeros(int(now[3]), np.uint8)
-        now = _run(flat, levels.shape, (lag, group, pace), prior, data, code=None)
+        now = _run(flat, levels.shape, (lag, group, pace), prior, data, code=None, dead=dead)
     coded = data[: now[3]].tobytes() + _between(int(now[0]), int(now[1]))
     return bytes([prior]) + coded.rstrip(b"\0")
 
 
-def decode(data: bytes, shape: tuple[int, ...], lag: int = 0, group: int = 1, pace: int = 0) -> NDArray[np.int32]:
+def decode(
+    data: bytes, shape: tuple[int, ...], lag: int = 0, group: int = 1, pace: int = 0, *, dead: Dead | None = None
+) -> NDArray[np.int32]:
     """The matrix of `encode`, int32. Bytes that are damaged give other levels; bytes after the end count as zeros.
 
     Raises ValueError for a lag, a group or a pace that is not allowed.
@@ -287,7 +297,7 @@ def decode(data: bytes, shape: tuple[int, ...], lag: int = 0, group: int = 1, pa
     levels = np.zeros(shape, np.int32)
     body = np.frombuffer(data[1:].ljust(4, b"\0"), np.uint8)
     prior = max(1, data[0] if data else 1)
-    _run(levels.reshape(-1), shape, (lag, group, pace), prior, body, code=int.from_bytes(body[:4]))
+    _run(levels.reshape(-1), shape, (lag, group, pace), prior, body, code=int.from_bytes(body[:4]), dead=dead)
     return levels
 
 
@@ -319,6 +329,7 @@ def _run(
     data: NDArray[np.uint8],
     *,
     code: int | None,
+    dead: Dead | None,
 ) -> NDArray[np.int64]:
     """Code the levels into the data, or out of it where its first four bytes are given as `code`; `now` afterwards."""
     (rows, columns), (lag, group, pace) = shape, way
@@ -329,7 +340,10 @@ def _run(
     row, column = np.zeros(3 * rows, np.int32), np.zeros(3 * columns + 4 + columns // group, np.int32)
     now[:4] = (0, 0xFFFFFFFF, code or 0, 0 if code is None else 4)
     state = (now, prob.copy(), weight.copy(), _tables(pace), row, column)
-    code_levels(flat, rows, columns, lag, group, prior, int(code is None), *state, data, data.size)
+    likely = np.zeros(rows + columns, np.uint8) if dead is None else np.concatenate(dead).astype(np.uint8)
+    if likely.size != rows + columns:
+        raise ValueError(f"{likely.size} rows and columns may be dead, there are {rows + columns}")
+    code_levels(flat, rows, columns, lag, group, prior, likely, int(code is None), *state, data, data.size)
     return now
 
 

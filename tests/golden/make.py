@@ -63,6 +63,29 @@ def kinds():
     return Artifact(tensors, {"made_by": "golden", "note": "grüße", "nested": {"a": [1, 2.5, None]}})
 
 
+def fed():
+    """Layers of which some read dead units: linear ones, one that reads images, a convolution."""
+    from autocompress.codec.tensors import Artifact, Coded
+
+    def layer(shape, dead, modulus):
+        levels = pattern(int(np.prod(shape)), modulus).reshape(shape) % 9
+        levels = np.where(levels < 5, 0, levels - 4)
+        levels[dead] = 0
+        return levels
+
+    rows = [np.arange(n) % 3 != 1 for n in (36, 24, 40)]
+    first, second, third = layer((36, 50), rows[0], 97), layer((24, 36), rows[1], 89), layer((40, 24), rows[2], 83)
+    second[:, rows[0]] = 0
+    third[:, rows[1]] = 0
+    kernels = layer((12, 40, 3, 3), np.arange(12) == 3, 79)
+    kernels[:, rows[2]] = 0
+    flat = layer((10, 12 * 16), np.arange(10) == -1, 73).reshape(10, 12, 16)
+    flat[:, 3] = 0
+    levels = {"first": first, "second": second, "third": third, "kernels": kernels, "flat": flat.reshape(10, -1)}
+    table = np.arange(5, dtype=np.float32) / 4
+    return Artifact({name: Coded(array.astype(np.uint16), table) for name, array in levels.items()})
+
+
 def network():
     """A tree of standard layers, weights by formula, and a plan that uses every option."""
     import torch
@@ -123,6 +146,7 @@ def main() -> None:
 
     for effort in container.EFFORTS:
         write(HERE / f"kinds3-{effort}.acz", container.pack(kinds(), effort))
+    write(HERE / "feeder3.acz", container.pack(fed(), "max"))
     model, plan = network()
     layers = find_layers(model, lambda m: m(inputs())).layers
     compressed = apply.compress(model, layers, plan, lambda s, k: lowrank.svd(model.get_submodule(s.name).weight, k))
