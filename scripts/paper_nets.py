@@ -73,12 +73,13 @@ PAPER = {"AlexNet": PaperNet(_alexnet(), 6_900_000), "SqueezeNet": PaperNet(_squ
 
 
 def drawn(name: str, spread: float = SPREAD, seed: int = 0) -> Artifact:
-    """A net's artifact: each layer coded, and float32 biases."""
+    """A net's artifact: each layer coded, and its bias in bfloat16, as artifacts of so few bits have it."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, Coded | Raw] = {}
     for layer_name, layer in PAPER[name].layers.items():
         tensors[f"{layer_name}.weight"] = draw(layer, rng, spread)
-        tensors[f"{layer_name}.bias"] = Raw(rng.normal(0, 0.1, layer.shape[0]).astype(np.float32), "float32")
+        bias = rng.normal(0, 0.1, layer.shape[0]).astype(np.float32)
+        tensors[f"{layer_name}.bias"] = Raw((bias.view(np.uint32) >> 16).astype(np.uint16), "bfloat16")
     return Artifact(tensors)
 
 
