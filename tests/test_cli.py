@@ -330,7 +330,7 @@ def test_bad_picks_and_formats(study, fail):
         (("--format", "tflite"), "'tflite'"),
         (("--max-size", "1"), "no plan is within max-size 1; the nearest is trial"),
         (("--max-drop", "banana"), "max-drop is 'banana'"),
-        (("--format", "onnx", "--effort", "fast"), "for the format archive alone"),
+        (("--format", "onnx", "--effort", "fast"), "only the format archive can be coded anew"),
     ):
         assert words in fail(2, "export", "mine", "-o", "out", *arguments)
     assert not (study / "out").exists()

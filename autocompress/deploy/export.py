@@ -50,8 +50,10 @@ def export(
     """
     if fmt not in FILES:
         raise UsageError(f"unknown export format {fmt!r}; allowed: {', '.join(FILES)}")
-    if effort is not None and (fmt != "archive" or effort not in container.EFFORTS):
-        raise UsageError(f"effort is {effort!r}, allowed: {', '.join(container.EFFORTS)}, for the format archive alone")
+    if effort is not None and effort not in container.EFFORTS:
+        raise UsageError(f"effort is {effort!r}, allowed: {', '.join(container.EFFORTS)}")
+    if effort is not None and fmt != "archive":
+        raise UsageError(f"effort is {effort!r} and the format {fmt!r}: only the format archive can be coded anew")
     module = load(artifact, model=task.model)
     with _staging(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="autocompress-") as calls:
         recorder = _Recorder(module, Path(calls))
