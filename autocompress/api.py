@@ -236,7 +236,7 @@ def _search(
         session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
             if left:
-                trial = None if settings.effort == "auto" else partial(run_trial, effort=settings.effort)
+                trial = partial(run_trial, effort=settings.effort)
                 engine.run(task, session, cluster, left, settings.rungs, trial=trial)
             _note_tests(store, records, task, bench)
             _say_if_short(session, trials)

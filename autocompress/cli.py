@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything random (0)")
     search.add_argument("--sampler", default="tpe", metavar="NAME", help="tpe, nsga2, nsga3, gp, qmc or random (tpe)")
     search.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning of a trial (about 500 steps)")
-    _effort_options(search, "auto: the shortest of ours")
+    _effort_option(search, "auto", "coder of the artifacts")
     _data_option(search)
     resume = add("resume", _resume, "Go on with a study after any stop.", _search_options, _goal_options)
     resume.add_argument("study", metavar="STUDY", nargs="?", help="the study (default: the latest)")
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         help="knee, smallest, best or trial=N (limits: smallest, else knee)",
     )
     export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx or torch (onnx)")
-    _effort_options(export, "code an archive anew")
+    _effort_option(export, None, "code an archive anew")
     export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
     return parser
 
@@ -142,24 +142,9 @@ def _goal_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-size", metavar="SIZE", help="largest file, such as 50KB")
 
 
-def _effort_options(command: argparse.ArgumentParser, text: str) -> None:
-    group = command.add_mutually_exclusive_group()
-    group.add_argument("--effort", metavar="E", help=f"coder of the artifact: auto, fast or max ({text})")
-    group.add_argument("--coder", metavar="NAME", help="huffman: Deep Compression's format, to compare with")
-
-
-def _effort(options: argparse.Namespace) -> str | None:
-    """What --effort or --coder asks for, None where neither is given."""
-    from autocompress.errors import UsageError
-
-    for name, value, allowed in (
-        ("effort", options.effort, ("auto", "fast", "max")),
-        ("coder", options.coder, ("huffman",)),
-    ):
-        if value is not None and value not in allowed:
-            raise UsageError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
-    chosen: str | None = options.effort or options.coder
-    return chosen
+def _effort_option(command: argparse.ArgumentParser, default: str | None, text: str) -> None:
+    known = "auto (the shorter of ours), fast, max or huffman (Deep Compression's format)"
+    command.add_argument("--effort", "--coder", metavar="E", default=default, help=f"{text}: {known}")
 
 
 def _search_options(command: argparse.ArgumentParser) -> None:
@@ -200,7 +185,7 @@ def _search(options: argparse.Namespace) -> int:
             sampler=options.sampler,
             time_budget=options.time_budget,
             finetune_epochs=options.finetune_epochs,
-            effort=_effort(options) or "auto",
+            effort=options.effort,
             tracking_uri=options.tracking_uri,
             data_dir=options.data_dir,
             address=options.address,
@@ -434,13 +419,14 @@ def _export(options: argparse.Namespace) -> int:
     from autocompress.results import pick
 
     _check_goal(options)
-    effort = _effort(options)
+    if options.effort is not None:
+        api.check_effort(options.effort)
     study = api.open_study(options.study, dir=options.dir)
     choice = options.pick or "smallest"
     if options.pick is None and not (options.max_drop or options.max_size):
         choice = "knee"
     trial = pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
-    manifest = study.point(trial).export(options.out, format=options.format, effort=effort)
+    manifest = study.point(trial).export(options.out, format=options.format, effort=options.effort)
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
     print(

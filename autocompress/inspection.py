@@ -60,7 +60,8 @@ def inspect_file(path: Path) -> FileReport:
     rows = []
     with opened(path) as archive:
         for name, entry in archive.entries.items():
-            tensor, sizes = archive.tensor(name), archive.sizes(name)
+            tensor = archive.tensor(name)
+            sizes = archive.sizes(name, tensor)
             entropy = _entropy_bytes(tensor.symbols) if isinstance(tensor, Coded) else None
             width = 4 if "float" in entry.dtype else max(1, int("".join(filter(str.isdigit, entry.dtype)) or 8) // 8)
             shares = sizes.mask, sizes.codes, sizes.table, entropy, entry.elements * width

@@ -165,7 +165,7 @@ class Workbench:
         return Estimator(self.model, self.layers, self.svd, autocompress.__version__)
 
     def estimate(self, plan: Plan) -> int:
-        """About the bytes of the plan's file at rung 0, without compressing anything.
+        """About the bytes of the plan's file at rung 0 and effort "auto", without compressing the model.
 
         The first plans take up to seconds, in which layers are sorted and coded at a few settings; later
         ones take milliseconds. Raises PlanError and TrialFailed as `run_trial` does.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocompress.codec import container, header, huffman, leb128, mixed_stream, plain, rans, tables
+from autocompress.codec import container, header, huffman, leb128, mixed_stream, mixing, plain, rans, tables
 from autocompress.codec.container import Archive, Artifact, Coded, Raw, grid_table, pack, unpack
 from autocompress.codec.tensors import DTYPES
 from autocompress.errors import ArtifactError
@@ -168,7 +168,7 @@ def test_the_shorter_coder_is_taken_and_each_is_read(monkeypatch):
 
 
 def test_a_large_tensor_goes_through_the_max_coder_only_if_it_fills_its_bytes(monkeypatch):
-    monkeypatch.setattr(container, "MOST_MIXED", 1000)
+    monkeypatch.setattr(container, "FREE", 1000)
     draw = np.random.default_rng(0)
     full, empty = draw.integers(0, 4, (40, 50)).astype(np.uint16), np.zeros((400, 50), np.uint16)
     empty[3, 4] = 1
@@ -180,7 +180,7 @@ def test_a_large_tensor_goes_through_the_max_coder_only_if_it_fills_its_bytes(mo
 @pytest.mark.parametrize("dtype", ["coded", "float32", "bfloat16"])
 def test_many_tensors_of_few_bytes_each_are_read_back(dtype, monkeypatch):
     """What the writer leaves to the max coder is what the reader allows all tensors together."""
-    monkeypatch.setattr(container, "MOST_MIXED", 50_000)
+    monkeypatch.setattr(container, "FREE", 50_000)
     eye = np.eye(400, 50, 49)
     tensor = Coded(eye.astype(np.uint16), np.arange(2, dtype="f4")) if dtype == "coded" else Raw(
         eye.astype("u2" if dtype == "bfloat16" else "f4"), dtype)  # fmt: skip
@@ -529,11 +529,46 @@ def test_the_shares_of_a_stream_add_up(effort):
     archive = Archive(pack(Artifact(tensors), effort))
     entropy = float(-sum(p * np.log2(p) for p in (mask.mean(), 1 - mask.mean())) * mask.size / 8)
     for name, entry in archive.entries.items():
-        sizes = archive.sizes(name)
+        sizes = archive.sizes(name, archive.tensor(name))
         assert min(sizes.mask, sizes.codes, sizes.table) >= 0, name
         assert sizes.mask + sizes.codes + sizes.table == entry.length, name
         if name in ("coded", "grid", "sparse"):
             assert 0.4 * entropy < sizes.mask < 1.6 * entropy + 60, name
             assert sizes.codes > (2.9 / 8 if name != "sparse" else 3) * np.count_nonzero(mask), name
-    assert archive.sizes("coded").table > 4 * 9
-    assert archive.sizes("raw").codes == archive.entries["raw"].length
+    assert archive.sizes("coded", archive.tensor("coded")).table > 4 * 9
+    assert archive.sizes("raw", archive.tensor("raw")).codes == archive.entries["raw"].length
+
+
+def test_a_part_goes_into_an_array_of_its_own_size_alone():
+    archive = Archive(pack(small(), "fast"))
+    for array in (np.empty(179, np.float32), np.empty(181, np.float32), np.empty(180, np.float64)):
+        with pytest.raises(ValueError, match=r"for 180 float32 values"):
+            archive.parts("coded")[0].into(array)
+
+
+def test_forged_symbols_are_refused_part_by_part():
+    """No block's symbols are looked up in a table that is too short for them."""
+    data = one([40, 30], tables.encode(np.arange(3, dtype="f4"), False) + rans.encode(np.full((40, 30), 3)))
+    with pytest.raises(ArtifactError, match="symbol 3 of a table of 3"):
+        Archive(data).parts("x")[0].values()
+
+
+def test_a_table_keeps_the_sign_of_zero():
+    table = np.array([-1.0, -0.0, 0.0, 1.0], np.float32)
+    assert tables.decode(tables.encode(table, True), 0)[0].tobytes() == table.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("levels", "lag", "group", "checksum"),
+    [
+        (lambda p: p(3 * 9000, 97).reshape(3, 9000) % 7 // 4, 5, 1, 2077471559),  # more columns than contexts
+        (lambda p: p(2 * 2500, 89).reshape(2, 2500) % 5 // 3, 50, 2500, 4038212252),  # a large kernel
+        (lambda p: np.full((20_000, 1), 65536), 0, 1, 1203610895),  # sums of magnitudes that stop growing
+        (lambda p: p(700 * 50, 83).reshape(700, 50) % 11 // 8, 0, 1, 985314213),  # counts that stop growing
+    ],
+)
+def test_large_regimes_of_the_max_coder_stay_as_they_are(levels, lag, group, checksum):
+    matrix = levels(golden().pattern)
+    data = mixing.encode(matrix, lag, group)
+    assert np.array_equal(mixing.decode(data, matrix.shape, lag, group), matrix)
+    assert zlib.crc32(data) == checksum

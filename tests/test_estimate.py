@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.codec import container, header, mixed_stream
+from autocompress.codec import container, header, mixed_stream, rans
 from autocompress.compress import apply, artifact, estimate, lowrank, quantize
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.layers import find_layers
@@ -199,7 +199,7 @@ def test_histograms_are_those_of_the_codes(bits, threshold, rank):
         assert piece.shape(rank) == coded.shape
         counts = np.bincount(coded.symbols.ravel())
         base, table, most = estimate._base(piece.ordered(rank), layer)
-        assert 8 * (base - estimate._OVERHEAD) == pytest.approx(estimate._entropy(counts), rel=1e-3)
+        assert 8 * (base - estimate._OVERHEAD) == pytest.approx(rans.entropy(counts), rel=1e-3)
         assert table.size == coded.table.size
         assert most == pytest.approx(counts.max() / counts.sum(), abs=1e-3)
         if quantizer == "codebook":
@@ -213,7 +213,7 @@ def test_weights_of_few_values_are_their_own_codebook():
         base, table, _ = estimate._base(estimate._Whole(("", "", -1), weight).ordered(None), layer)
         assert np.array_equal(table, coded.table)
         counts = np.bincount(coded.symbols.ravel())
-        assert 8 * (base - estimate._OVERHEAD) == pytest.approx(estimate._entropy(counts))
+        assert 8 * (base - estimate._OVERHEAD) == pytest.approx(rans.entropy(counts))
 
 
 def test_a_layer_of_zeros_has_an_estimate():

@@ -411,3 +411,17 @@ def test_a_bare_linear_layer_from_python(tmp_path, one_thread):
         ac.resume("mine", dir=tmp_path / "runs")
     assert "mine" in str(error.value)
     assert ac.open_study("mine", dir=tmp_path / "runs", task=task).front.smallest() == smallest
+
+
+def test_a_search_with_a_coder(tmp_path):
+    """Its artifacts have it, a study keeps it, and another one is refused."""
+    write_task(tmp_path)
+    command(tmp_path, *search("--trials", "3", "--coder", "huffman"))
+    front = json.loads(command(tmp_path, "front", "--json")[0])["front"]
+    coders = set()
+    for point in front:
+        entries = header.read((tmp_path / "autocompress_runs" / point["artifact"]).read_bytes()).entries
+        coders |= {entry.coder for entry in entries}
+    assert coders == {"", "huffman"}
+    with pytest.raises(AssertionError, match="exists with effort huffman, not auto"):
+        command(tmp_path, *search("--trials", "4"))

@@ -37,22 +37,24 @@ EFFORTS = (AUTO, FAST, MAX, HUFFMAN)
 MAX_ELEMENTS = 1 << 30
 """Elements of all tensors together that a file may ask for, unless the reader allows more."""
 MOST_MIXED = 1 << 22
-"""Elements of all tensors together up to which "auto" tries the max coder, and any file may use it (see `PER_BYTE`)."""
-PER_BYTE = 256
-"""Elements for each byte of its stream that a tensor may have under the max coder; what is more counts to `MOST_MIXED`.
+"""Elements of all tensors together up to which "auto" tries the max coder."""
+FREE, PER_BYTE = 1 << 20, 64
+"""Elements that a file may have the max coder make of nothing, and of each byte of a tensor's stream.
 
 The max coder decodes some million elements a second, whatever their bytes: else a small file could
 ask for hours.
 """
 SPARSE = 0.7
 """The share of nonzero elements up to which a tensor of floats is tried as a mask and values."""
+_PER_FLOAT = 8
+"""How many elements a float counts as: the max coder tells its upper half in sixteen decisions or more."""
 _GRID = struct.Struct("<fi")
 
 
 def pack(artifact: Artifact, effort: str = AUTO) -> bytes:
     """The bytes of the file. `unpack` gives back an equal artifact. Raises ValueError for an unknown effort."""
     effort = settled(effort, sum(math.prod(tensor.shape) for tensor in artifact.tensors.values()))
-    rows, streams, free = [], [], MOST_MIXED
+    rows, streams, free = [], [], FREE
     units: dict[int, NDArray[np.bool_]] = {}
     for index, (name, tensor) in enumerate(artifact.tensors.items()):
         feeder = _feeder(units, index, tensor) if effort in (AUTO, MAX) else None
@@ -122,7 +124,6 @@ class Archive:
         head = header.read(data)
         self._data, self._first = memoryview(data), head.first
         self.header, self.size = head.header, len(data)
-        self.streams_at = head.streams_at
         self.entries = {entry.name: entry for entry in head.entries}
         self._all = head.entries
         self._order = {entry.name: index for index, entry in enumerate(head.entries)}
@@ -176,9 +177,9 @@ class Archive:
         stream = self.stream(entry.name)
         return mixed_stream.feeder_of(stream[_read_table(entry.kind, stream)[2] :])
 
-    def sizes(self, name: str) -> Sizes:
-        """Where the bytes of a tensor's stream are. Raises ArtifactError."""
-        entry, stream, tensor = self.entries[name], self.stream(name), self.tensor(name)
+    def sizes(self, name: str, tensor: Raw | Coded) -> Sizes:
+        """Where the bytes of a tensor's stream are; `tensor` is what it decodes to. Raises ArtifactError."""
+        entry, stream = self.entries[name], self.stream(name)
         if self._first or entry.kind.startswith("raw"):
             return Sizes(0, entry.length, 0)
         if entry.kind.startswith("sparse"):
@@ -241,7 +242,7 @@ def _check_sizes(head: header.Head, length: int, max_elements: int) -> None:
     for entry in head.entries:
         total += math.prod(max(1, n) for n in entry.shape)
         mixed += _mixed_freely(entry.kind, entry.elements, entry.length)
-        if mixed > MOST_MIXED:
+        if mixed > FREE:
             raise ArtifactError(f"artifact is damaged: {entry.elements} symbols of {entry.name!r} in few bytes")
         if total > max_elements:
             raise ArtifactError(f"artifact asks for {total} elements at {entry.name!r}, allowed: {max_elements}")
@@ -260,7 +261,7 @@ def stream_bytes(tensor: Raw | Coded, effort: str = AUTO) -> int:
 
 def _mixed_freely(kind: str, elements: int, length: int) -> int:
     """Elements that the max coder has to decode beyond what the stream's bytes allow."""
-    passes = 0 if not kind.endswith(MAX) else 2 if kind.startswith("sparse") else 1  # a mask, and values under it
+    passes = {"raw": _PER_FLOAT, "sparse": 1 + _PER_FLOAT}.get(kind.partition("/")[0], 1) if kind.endswith(MAX) else 0
     return max(0, passes * elements - PER_BYTE * length)
 
 
@@ -351,6 +352,8 @@ def _checked(tensor: Coded) -> Coded:
 
 
 def _look_up(name: str, block: rans.Block, table: NDArray[np.float32], values: NDArray[np.float32]) -> None:
+    if values.dtype != np.float32 or values.shape != (block.stop - block.start,):
+        raise ValueError(f"an array of {values.shape} {values.dtype} for {block.stop - block.start} float32 values")
     with _damage_at(name):
         symbols = block.read()
         if symbols.size and int(symbols.max()) >= table.size:

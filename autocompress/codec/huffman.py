@@ -187,9 +187,11 @@ def _read_code(data: bytes, position: int, alphabet: int) -> tuple[Code, int]:
         raise ArtifactError(f"stream is damaged: {span} lengths of {width} bits in {table.size} bytes")
     bits = np.unpackbits(table, count=span * width).reshape(span, width).astype(np.int64)
     every = (bits << np.arange(width)).sum(axis=1)
+    if int(every.max()) > _LONGEST:
+        raise ArtifactError(f"stream is damaged: a code of {every.max()} bits, allowed: {_LONGEST}")
     symbols = np.flatnonzero(every)
     per_length = np.bincount(every[symbols]).tolist()
-    if sum(n << (_LONGEST - bits) for bits, n in enumerate(per_length) if bits <= _LONGEST) != 1 << _LONGEST:
+    if sum(n << (_LONGEST - bits) for bits, n in enumerate(per_length)) != 1 << _LONGEST:
         raise ArtifactError("stream is damaged: its code lengths are those of no complete code")
     return Code(symbols + lowest, every[symbols]), position + 1 + table.size
 

@@ -234,11 +234,11 @@ def _fit(flat: Symbols, shape: tuple[int, int]) -> _Model:
     rest = int(counts.argmax())
     others = counts.copy()
     others[rest] = 0
-    whole = _entropy(counts)
+    whole = entropy(counts)
     if 4 * counts[rest] < flat.size:
         return _Model(None, *_quantized(counts))
     mask, mask_bits = _fit_mask(flat, shape, rest)
-    if mask_bits + _entropy(others) < 0.999 * whole:
+    if mask_bits + entropy(others) < 0.999 * whole:
         return _Model(mask, *_quantized(others))
     return _Model(None, *_quantized(counts))
 
@@ -291,7 +291,7 @@ def _merge(classes: int) -> NDArray[np.uint8]:
     return np.concatenate([[0], alive]).astype(np.uint8)
 
 
-def _entropy(counts: NDArray[np.int64]) -> float:
+def entropy(counts: NDArray[np.int64]) -> float:
     """Bits of symbols of these counts at their own entropy."""
     some = counts[counts > 0]
     return float(-(some * np.log2(some / some.sum())).sum()) if some.size else 0.0

@@ -16,7 +16,7 @@ from autocompress.errors import ArtifactError
 MOST = 1 << 16
 """Entries of a table."""
 _FLOAT32, _BFLOAT16, _MIXED = 0, 1, 2
-_FREE, _PER_BYTE = 4096, 256
+_FREE, _PER_BYTE = 512, 16
 """Entries of a table that the max coder may make of nothing, and of each byte.
 
 Else a small file of many tables could ask for hours.

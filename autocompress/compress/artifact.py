@@ -114,7 +114,8 @@ def load(
     module = _skeleton(archive.header, shapes, model, source)  # before memory is taken for tensors
     with _named(path):
         module = _filled(module, archive)
-    return runtimes.arranged(module, _wholes(archive.header, model, source), runtime, batch=batch, example=example)
+    wholes = _wholes(archive.header, model, source) if runtime in ("dense", "auto") else {}
+    return runtimes.arranged(module, wholes, runtime, batch=batch, example=example)
 
 
 def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "artifact") -> nn.Module:
@@ -227,12 +228,13 @@ def _filled(module: nn.Module, archive: Archive) -> nn.Module:
 def _put(target: Tensor, dtype: str, part: Part) -> None:
     """Decode a part into its place."""
     place = target.view(-1)[part.start : part.stop]
-    if target.dtype == torch.float32 and part.dtype == np.float32 and target.is_cpu:
+    if target.dtype == torch.float32 and dtype == "float32" and target.is_cpu:
         part.into(place.numpy())
         return
     values = torch.from_numpy(part.values())
     if dtype == "bfloat16" and values.dtype == torch.uint16:
         values = values.view(torch.bfloat16)
+    values = values.to(getattr(torch, dtype))
     with torch.no_grad():
         place.copy_(values)
 

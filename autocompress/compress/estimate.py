@@ -1,4 +1,4 @@
-"""The bytes of a plan's file before any training, without coding its tensors: for ranking many plans.
+"""The bytes of a plan's file before any training, without coding it once a few knots are known: for ranking many plans.
 
 A tensor's stream is estimated as the order-0 entropy of its symbols times a ratio. The histogram is exact: the
 weights of a layer are sorted once, and pruning, k-means and grids need only prefix sums over them. The ratio
@@ -61,6 +61,8 @@ class Estimator:
         version: str,
         effort: str = container.AUTO,
     ) -> None:
+        if effort == header.HUFFMAN:
+            raise ValueError(f"effort is {effort!r}, allowed: what has been measured, auto, fast or max")
         self._model, self._specs, self._svds, self._version, self._effort = model, tuple(specs), svds, version, effort
         self._head = artifact.described_model(model)
         self._state = artifact.unique_state(model)
@@ -399,7 +401,7 @@ def _base(weights: _Ordered, layer: LayerPlan) -> tuple[float, NDArray[np.float3
     pruned = last - first
     kept, table = weights.count - pruned, np.zeros(0, np.float32)
     if layer.bits > _BITS[-1]:
-        return weights.each * (_entropy(np.array([kept, pruned])) + kept * layer.bits) / 8 + _OVERHEAD, table, 0.0
+        return weights.each * (rans.entropy(np.array([kept, pruned])) + kept * layer.bits) / 8 + _OVERHEAD, table, 0.0
     values = weights.values[: weights.count]
     if layer.quantizer == "codebook":
         found = _codebook(weights, first, last, 2**layer.bits)
@@ -417,7 +419,7 @@ def _base(weights: _Ordered, layer: LayerPlan) -> tuple[float, NDArray[np.float3
         counts[high] += pruned
         span = np.append(np.flatnonzero(counts), high)
         table = np.zeros(span.max() - span.min() + 1, np.float32)
-    return weights.each * _entropy(counts) / 8 + _OVERHEAD, table, float(counts.max() / max(1, counts.sum()))
+    return weights.each * rans.entropy(counts) / 8 + _OVERHEAD, table, float(counts.max() / max(1, counts.sum()))
 
 
 def _table_bytes(table: NDArray[np.float32], layer: LayerPlan, effort: str) -> int:
@@ -427,12 +429,6 @@ def _table_bytes(table: NDArray[np.float32], layer: LayerPlan, effort: str) -> i
     if layer.quantizer == "uniform":
         return 8 + len(leb128.write(table.size))
     return len(tables.encode(table, effort != header.FAST))
-
-
-def _entropy(counts: NDArray[np.int64]) -> float:
-    """Bits of symbols of these counts at their own entropy."""
-    some = counts[counts > 0]
-    return float(-(some * np.log2(some / some.sum())).sum()) if some.size else 0.0
 
 
 def _counts(values: NDArray[np.int64], edges: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
