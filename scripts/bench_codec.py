@@ -12,7 +12,7 @@ ours is decoded again.
 
 DeepCABAC (MPEG-7 part 17, nncodec 2.1.3) wants a Python of its own with its C++ extension, whose path is `--peers`:
 
-    python -m venv peer && peer/bin/pip install numpy pybind11 setuptools
+    python -m venv peer && peer/bin/pip install numpy pybind11 setuptools wheel
     peer/bin/pip download --no-deps --no-build-isolation --no-binary :all: nncodec==2.1.3
     tar xzf nncodec-2.1.3.tar.gz && S=nncodec-2.1.3/src/nncodec/extensions/deepCABAC/source
     g++ -O2 -std=c++17 -shared -fPIC -I$S -I$S/Lib $(peer/bin/python -m pybind11 --includes) $(find $S -name "*.cpp") \\
@@ -22,7 +22,7 @@ DeepCABAC (MPEG-7 part 17, nncodec 2.1.3) wants a Python of its own with its C++
 It gets signed levels, zero the rest and the values in order, and its best setting for each tensor counts.
 
 `--shapes` tests the coder alone, not compression: weights drawn at random in the shapes of AlexNet and SqueezeNet, at
-the densities and bit-widths of Deep Compression, must make files no longer than the paper's (see `paper_nets.py`).
+the densities and bit-widths of Deep Compression, should make files no longer than the paper's (see `paper_nets.py`).
 Speed is that of one thread, on symbols drawn at random: 8 bits dense, and 15 values at 90 % zeros.
 """
 
@@ -262,6 +262,7 @@ def speed(elements: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     began = time.perf_counter()
     mixed_stream.encode(np.zeros((2, 2), np.uint16))
+    fast_coder.decode(fast_coder.encode(np.eye(64, 64, dtype=np.uint16)), (64, 64))  # compiles
     print(f"first call of the max coder: {time.perf_counter() - began:.2f} s")
     rows = max(1, round(elements**0.5))
     shape = (rows, elements // rows)

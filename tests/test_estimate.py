@@ -262,3 +262,15 @@ def test_kinds_in_the_head_are_known():
         LayerPlan(bits=2, quantizer="uniform"),
     ):
         assert estimate._told(layer, torch.zeros(1))[0] in header.KINDS
+
+
+@pytest.mark.parametrize("threshold", [1.45, 1.6, 1.7])
+def test_weights_that_end_between_two_knots(threshold):
+    """Those of a fresh nn.Linear are uniform: at two standard deviations nothing is left of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 300))
+    layers = find_layers(model, lambda m: m(torch.ones(1, 400))).layers
+    plan = Plan({"0": LayerPlan(bits=4, threshold=threshold)})
+    svds = lambda spec, scheme: lowrank.svd(model[0].weight, scheme)  # noqa: E731
+    data = artifact.write(model, plan, apply.compress(model, layers, plan, svds).encode(), "test")
+    assert Estimator(model, layers, svds, "test").size_bytes(plan) == pytest.approx(len(data), rel=0.03)

@@ -32,6 +32,8 @@ _OVERHEAD = 6.0
 """Bytes of nearly any stream beside its entropy; ratios are of both together, so that they are tame near nothing."""
 _BITS = (1, 2, 4, 8)
 """Bit-widths of knots."""
+_MOST_PRUNED = 0.998
+"""The share of weights that the highest threshold of a knot prunes."""
 _MIDDLE = 4
 """The bit-width whose ratio is measured at all thresholds and ranks."""
 _APART = (0.1, 0.5, 1.0, 2.0)
@@ -157,18 +159,18 @@ class Estimator:
         threshold, floor, log = layer.threshold, math.floor(2 * layer.threshold) / 2, 0.0
         if layer.bits > _BITS[-1]:
             for rank, share in piece.knots(layer.rank):
-                below, above = piece.sides(rank)
-                low, high = (above, math.inf) if way else (0.0, below)
+                below, above, last = piece.sides(rank)
+                low, high = (above, max(above, last)) if way else (0.0, below)
                 for at, part in _thresholds(threshold, (floor, floor + 0.5), low, high):
                     log += share * part * self._log_at(piece, replace(layer, threshold=at, rank=rank), way, effort)
             return log
         for rank, share in piece.knots(layer.rank):
-            for at, part in _thresholds(threshold, (floor, floor + 0.5), _LEAST, math.inf):
+            for at, part in _thresholds(threshold, (floor, floor + 0.5), _LEAST, piece.sides(rank)[2]):
                 here = replace(layer, bits=_MIDDLE, threshold=at, rank=rank)
                 log += share * part * self._log_at(piece, here, way, effort)
         if layer.bits == _MIDDLE:
             return log
-        for at, part in _thresholds(threshold, _APART, _LEAST, math.inf):
+        for at, part in _thresholds(threshold, _APART, _LEAST, piece.sides(piece.reference)[2]):
             here = replace(layer, bits=_MIDDLE, threshold=at, rank=piece.reference)
             log -= part * self._log_at(piece, here, way, effort)
             for bits, share in _between(layer.bits, _BITS):
@@ -225,13 +227,17 @@ class _Ordered:
     unit: float
     each: float
 
-    def sides(self) -> tuple[float, float]:
-        """Thresholds just below and above that from which on floats get a mask."""
+    def sides(self) -> tuple[float, float, float]:
+        """Thresholds just below and above that from which on floats get a mask; that which leaves next to nothing.
+
+        No knot is beyond the last: the ratio of nearly nothing says nothing of the rest.
+        """
         if not self.count or not self.unit:
-            return 0.0, 0.0
+            return 0.0, 0.0, math.inf
         pruned = 1 - container.SPARSE
-        low, high = np.quantile(np.abs(self.values[: self.count]), (pruned - 0.01, pruned + 0.01)) / self.unit
-        return float(low), float(high)
+        shares = (pruned - 0.01, pruned + 0.01, _MOST_PRUNED)
+        low, high, last = np.quantile(np.abs(self.values[: self.count]), shares) / self.unit
+        return float(low), float(high), float(last)
 
     def kept(self, threshold: float) -> tuple[int, int]:
         """The places, from and to, of those that the threshold prunes."""
@@ -279,12 +285,12 @@ class _Whole:
         """The tensor's weights in order."""
         return self._ordered
 
-    def sides(self, rank: int | None) -> tuple[float, float]:
+    def sides(self, rank: int | None) -> tuple[float, float, float]:
         """`_Ordered.sides` at a knot, kept."""
         return self._sides
 
     @cached_property
-    def _sides(self) -> tuple[float, float]:
+    def _sides(self) -> tuple[float, float, float]:
         return self._ordered.sides()
 
     @cached_property
@@ -307,7 +313,7 @@ class _Factor:
         while halves[-1] > 1:
             halves.append(halves[-1] // 2)
         self._knots = halves[::-1]
-        self._sides: dict[int | None, tuple[float, float]] = {}
+        self._sides: dict[int | None, tuple[float, float, float]] = {}
         self.reference = self._knots[max(0, len(halves) - 2)]
         weight = self.weight(highest)
         values, self._scale = _scaled(weight.double().cpu().numpy())
@@ -340,7 +346,7 @@ class _Factor:
         logs = [math.log(knot) for knot in self._knots]
         return [(self._knots[logs.index(at)], share) for at, share in _between(math.log(rank), logs)]
 
-    def sides(self, rank: int | None) -> tuple[float, float]:
+    def sides(self, rank: int | None) -> tuple[float, float, float]:
         """`_Ordered.sides` at a knot, kept."""
         if rank not in self._sides:
             self._sides[rank] = self.ordered(rank).sides()
