@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autocompress.codec import plain
 from autocompress.codec.rans import matrix_shape
 from autocompress.codec.tensors import Coded, Raw, grid_table, numpy_type
 from autocompress.errors import ArtifactError
@@ -168,20 +168,8 @@ def _unpack_bytes(data: bytes, dtype: str, count: int) -> NDArray[Any]:
     size = count * kind.itemsize
     if data[:1] not in (b"\0", b"\1"):
         raise ArtifactError(f"artifact is damaged: a raw stream starts with {data[:1]!r}")
-    planes = _inflate(data[1:], size) if data[:1] == b"\1" else data[1:]
+    planes = plain.inflate(data[1:], size, framed=True) if data[:1] == b"\1" else data[1:]
     if len(planes) != size:
         raise ArtifactError(f"artifact is damaged: {len(planes)} bytes for {count} elements of {dtype}")
     flat = np.frombuffer(planes, np.uint8).reshape(kind.itemsize, count).T
     return np.frombuffer(np.ascontiguousarray(flat).tobytes(), kind).astype(kind.newbyteorder("="))
-
-
-def _inflate(data: bytes, limit: int) -> bytes:
-    """Inflated bytes, never more than `limit`."""
-    machine = zlib.decompressobj()
-    try:
-        result = machine.decompress(data, limit + 1)
-    except zlib.error as error:
-        raise ArtifactError(f"artifact is damaged: {error}") from error
-    if len(result) > limit or not machine.eof or machine.unused_data:
-        raise ArtifactError("artifact is damaged: a deflated part has the wrong length")
-    return result

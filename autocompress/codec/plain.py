@@ -68,9 +68,12 @@ def decode(data: bytes, dtype: str, count: int) -> NDArray[Any]:
     return values.astype(kind.newbyteorder("="), copy=False)
 
 
-def inflate(data: bytes, limit: int, dictionary: bytes = b"") -> bytes:
-    """Inflated bytes, never more than `limit`. Raises ArtifactError where they do not end at `data`'s end."""
-    machine = zlib.decompressobj(-15, zdict=dictionary)
+def inflate(data: bytes, limit: int, dictionary: bytes = b"", *, framed: bool = False) -> bytes:
+    """Inflated bytes, never more than `limit`; `framed`: with zlib's frame (RFC 1950) around them.
+
+    Raises ArtifactError where they do not end at `data`'s end.
+    """
+    machine = zlib.decompressobj(15 if framed else -15, zdict=dictionary)
     try:
         result = machine.decompress(data, limit + 1)
     except zlib.error as error:
