@@ -120,9 +120,12 @@ class Workbench:
         return DEFAULT_STEPS / self.steps_per_epoch
 
     def feed(self, seed: int, distil: bool) -> Feed:
-        """Training batches with the uncompressed model's outputs beside them where they are asked for."""
+        """Training batches with the uncompressed model's outputs beside them where they are asked for.
+
+        Of augmented inputs those outputs cannot be known in advance: they are computed as batches come.
+        """
         task = self.task
-        guides = self._guides if distil else None
+        guides = self._guides if distil and task.augment is None else None
 
         def epoch(index: int) -> Iterator[Batch]:
             shuffle = (seed * 1_000_003 + index) % 2**63
@@ -136,7 +139,8 @@ class Workbench:
                         to_device(guides[rows], self.device),
                     )
                 return
-            for x, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
+            for given, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
+                x = given if task.augment is None else task.augment(given)
                 with torch.no_grad():
                     guide = call_model(self.model, x) if distil else None
                 yield x, y, guide if isinstance(guide, Tensor) else None

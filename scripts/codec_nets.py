@@ -35,7 +35,6 @@ from autocompress.codec.container import unpack
 from autocompress.codec.tensors import Coded
 from autocompress.compress import quantize
 from autocompress.plan import LayerPlan, Plan, Recipe
-from autocompress.tasks import builtin, nets
 from autocompress.tasks.loading import load_task
 from autocompress.tasks.pretrain import train
 from autocompress.tasks.task import Task
@@ -134,14 +133,9 @@ def digits_residual(data_dir: Path) -> Task:
     return replace(task, name="digits-residual", model=model)
 
 
-def fashion_lenet300(data_dir: Path) -> Task:
-    load = builtin._on_images("fashion-lenet300", "fashion-mnist", nets.lenet300, builtin._LENET300)
-    return load(data_dir, print)
-
-
 TRAINED: dict[str, Callable[[Path], Task]] = {
     "mnist-lenet300": lambda data_dir: load_task("mnist-lenet300", data_dir=data_dir, progress=print),
-    "fashion-lenet300": fashion_lenet300,
+    "fashion-lenet300": lambda data_dir: load_task("fashion-lenet300", data_dir=data_dir, progress=print),
     "mnist-lenet5": lambda data_dir: load_task("mnist-lenet5", data_dir=data_dir, progress=print),
     "fashion-lenet5": lambda data_dir: load_task("fashion-lenet5", data_dir=data_dir, progress=print),
     "digits-residual": digits_residual,

@@ -29,6 +29,9 @@ _SPLIT_SEED = 0
 
 _DIGITS = TrainingRecipe(epochs=25, batch_size=64, learning_rate=3e-3, weight_decay=0.01, threads=1)
 _LENET300 = TrainingRecipe(epochs=12, batch_size=128, learning_rate=3e-3, weight_decay=0.01, shift=1, threads=1)
+_FASHION_LENET300 = TrainingRecipe(
+    epochs=20, batch_size=128, learning_rate=3e-3, weight_decay=0.01, shift=1, flip=True, threads=1
+)
 _MNIST_LENET5 = TrainingRecipe(epochs=4, batch_size=128, learning_rate=3e-3, weight_decay=0.01, shift=1)
 _FASHION_LENET5 = TrainingRecipe(epochs=6, batch_size=128, learning_rate=3e-3, weight_decay=0.01, flip=True)
 
@@ -118,6 +121,7 @@ def _task(
 ) -> Task:
     from torch.nn import functional as F
 
+    from autocompress.tasks.augment import Augment
     from autocompress.tasks.pretrain import base_model
 
     train, val, test = (scale(part) for part in splits)
@@ -134,6 +138,7 @@ def _task(
         metric_name="accuracy",
         example_inputs=(val[0][:1].clone(),),
         batch_size=batch_size,
+        augment=Augment(shift=recipe.shift, flip=recipe.flip) if recipe.shift or recipe.flip else None,
     )
 
 
@@ -159,6 +164,11 @@ BUILTIN: dict[str, Builtin] = {
         "MNIST, LeNet-5 as Caffe has it, 431k parameters",
         "mnist",
         _on_images("mnist-lenet5", "mnist", nets.lenet5, _MNIST_LENET5),
+    ),
+    "fashion-lenet300": Builtin(
+        "Fashion-MNIST, LeNet-300-100, 267k parameters",
+        "fashion-mnist",
+        _on_images("fashion-lenet300", "fashion-mnist", nets.lenet300, _FASHION_LENET300),
     ),
     "fashion-lenet5": Builtin(
         "Fashion-MNIST, LeNet-5 as Caffe has it, 431k parameters",

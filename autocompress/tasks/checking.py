@@ -49,7 +49,7 @@ def check_task(task: Task) -> None:
         outputs = _check_step(task, model.eval(), parts["val"], "val")
         _check_metric(task, outputs, parts["val"][1])
         _check_example_inputs(task, model)
-        _check_step(task, model.train(), parts["train"], "train")
+        _check_step(task, model.train(), _augmented(task, parts["train"]), "train")
 
 
 def check_fields(task: Task) -> None:
@@ -67,6 +67,8 @@ def check_fields(task: Task) -> None:
     _require(isinstance(task.metric_name, str), where, "metric_name", task.metric_name, "a text")
     inputs = task.example_inputs
     _require(inputs is None or isinstance(inputs, tuple), where, "example_inputs", inputs, "a tuple, or None")
+    augment = task.augment
+    _require(augment is None or callable(augment), where, "augment", augment, "a function augment(inputs), or None")
     for split in SPLITS:
         _check_split(where, split, getattr(task, split))
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -117,6 +119,17 @@ def _peek(task: Task, split: str) -> Batch:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _augmented(task: Task, batch: Batch) -> Batch:
+    """The batch as finetuning would see it."""
+    if task.augment is None:
+        return batch
+    try:
+        return task.augment(batch[0]), batch[1]
+    except Exception as error:
+        given = f"on the first batch of train, {describe(batch[0])}"
+        raise TaskError(f"task {task.name!r}: augment fails {given}: {one_line(error)}") from error
 
 
 def _check_step(task: Task, model: nn.Module, batch: Batch, split: str) -> Any:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autocompress.tasks.augment import Augment
 from autocompress.tasks.folders import cache_root
 from autocompress.tasks.training_recipe import TrainingRecipe
 
@@ -102,6 +103,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.epochs * steps, pct_start=0.25, cycle_momentum=False
     )
+    augment = Augment(shift=recipe.shift, flip=recipe.flip)
     say(f"{name}: training the base model once, {recipe.epochs} epochs")
     started = said = time.monotonic()
     _lay_out(model.train(), torch.channels_last)  # a third faster than channels first on a CPU
@@ -109,7 +111,7 @@ def _train(
         order = torch.randperm(len(images), generator=generator)
         for step in range(steps):
             chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            loss = F.cross_entropy(model(_augment(images[chosen], recipe, generator)), labels[chosen])
+            loss = F.cross_entropy(model(augment(images[chosen], generator)), labels[chosen])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
@@ -135,16 +137,6 @@ def _lay_out(model: nn.Module, order: torch.memory_format) -> nn.Module:
     convert: Any = model.to  # not annotated for memory formats
     convert(memory_format=order)
     return model
-
-
-def _augment(images: torch.Tensor, recipe: TrainingRecipe, generator: torch.Generator) -> torch.Tensor:
-    if recipe.flip:
-        mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-        images = torch.where(mirrored, images.flip(-1), images)
-    if recipe.shift:
-        down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2,), generator=generator).tolist()
-        images = images.roll((down, right), (-2, -1))
-    return images
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -26,6 +26,9 @@ class Task:
     whole split, to be maximised or minimised as `direction` says.
     `batch_size` is that of finetuning (a `DataLoader` keeps its own). `example_inputs`, the
     positional inputs of one call, are taken from the first batch of `val` when left out.
+    `augment(inputs)` gives a varied training batch's inputs, on the device, of the same structure;
+    finetuning alone calls it, each time anew. What it draws from the global random state follows from
+    the trial's seed. It travels to workers, so it must be picklable (`tasks.augment.Augment` is).
     """
 
     model: nn.Module
@@ -39,3 +42,4 @@ class Task:
     example_inputs: tuple[Any, ...] | None = None
     batch_size: int = 128
     metric_name: str = ""
+    augment: Callable[[Any], Any] | None = None
