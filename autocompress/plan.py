@@ -114,12 +114,14 @@ class Recipe:
     """What holds for a whole trial.
 
     `epochs` of finetuning over the training data (fractions allowed), Adam's `learning_rate`,
-    and the weight of `distillation` from the uncompressed model, 0 (none) to 1 (nothing else).
+    the weight of `distillation` from the uncompressed model, 0 (none) to 1 (nothing else), and `rate`,
+    the price of the file's bits in the training loss: loss + rate x (bits per priced element); 0 for none.
     """
 
     epochs: float = 1.0
     learning_rate: float = 1e-3
     distillation: float = 0.5
+    rate: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -191,6 +193,7 @@ def check(plan: Plan, specs: Iterable[LayerSpec]) -> None:
     recipe = plan.recipe
     _within("recipe", "epochs", recipe.epochs, 0.0, math.inf)
     _within("recipe", "distillation", recipe.distillation, 0.0, 1.0)
+    _within("recipe", "rate", recipe.rate, 0.0, math.inf)
     if not (recipe.learning_rate > 0 and math.isfinite(recipe.learning_rate)):
         raise PlanError(f"recipe: learning_rate is {recipe.learning_rate}, allowed: above 0")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from autocompress.codec.tensors import Coded, Raw, grid_table
 from autocompress.compress import lowrank, prune, quantize
 from autocompress.compress.artifact import raw_tensor, unique_state
+from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
 from autocompress.errors import TrialFailed
 from autocompress.plan import SHORT_BITS, LayerPlan, LayerSpec, Plan
@@ -115,6 +116,10 @@ class Code:
         array = symbols.view(self.shape).cpu().numpy().astype(np.uint16)
         return Coded(array, entries.cpu().numpy(), _name(self.dense.dtype), grid)
 
+    def trained(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The leaf tensors that learn at the recipe's rate, and those at a tenth of it."""
+        return [self.weights], [tensor for tensor in (self.table, self.step) if tensor is not None]
+
     def rising(self) -> Tensor:
         """The codebook in rising order and in bfloat16's precision, in which files carry it; differentiable."""
         assert self.table is not None
@@ -131,12 +136,19 @@ class Compressed:
     """A model under a plan, ready for finetuning and encoding.
 
     `module` is a copy with factorised layers; `codes` maps its state keys to their codes (one for
-    all the names of a shared weight).
+    all the names of a shared weight); `paid` is the rate that the weights were trained under before.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, codes: Mapping[str, Code], aliases: Mapping[str, str]) -> None:
-        self.module, self.plan, self.codes, self.aliases = module, plan, codes, aliases
-        self.shortened = shortened(module, plan)
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        codes: Mapping[str, Code | RatedCode],
+        aliases: Mapping[str, str],
+        paid: float = 0.0,
+    ) -> None:
+        self.module, self.plan, self.codes, self.aliases, self.paid = module, plan, codes, aliases, paid
+        self.shortened = shortened(module, plan) - codes.keys()
 
     def substitutes(self) -> dict[str, Tensor]:
         """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
@@ -200,20 +212,51 @@ def compress(
             module = _factorise(module, spec, layer, svds, start)
             keys |= {f"{prefix}0.weight": spec, f"{prefix}1.weight": spec}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
-    codes: dict[str, Code] = {}
+    codes: dict[str, Code | RatedCode] = {}
     for key, spec in keys.items():
         layer, weight = plan.layers[spec.name], module.get_parameter(key)
         if not torch.isfinite(weight).all():
             raise TrialFailed(f"weight {key!r} holds values that are not finite")
         if layer != LayerPlan():
-            learned = {} if start is None else _learned(start, start.plan.layers[spec.name], layer)
-            codes[first[id(weight)]] = Code(weight, layer, learned, first[id(weight)])
+            learned = {} if start is None else _learned(start, plan, spec.name)
+            name = first[id(weight)]
+            if _is_rated(plan, layer):
+                codes[name] = _rated(weight, layer, learned, name)
+                codes |= _rated_bias(module, key, learned)
+            else:
+                codes[name] = Code(weight, layer, learned, name)
     aliases = {
         key: first[id(tensor)]
         for key, tensor in module.state_dict(keep_vars=True).items()
         if first.get(id(tensor), key) != key and first[id(tensor)] in codes
     }
-    return Compressed(module, plan, codes, aliases)
+    return Compressed(module, plan, codes, aliases, 0.0 if start is None else start.plan.recipe.rate)
+
+
+def _is_rated(plan: Plan, layer: LayerPlan) -> bool:
+    """Whether a layer's bits are priced: it must have levels, with a zero among them."""
+    return plan.recipe.rate > 0 and 2 <= layer.bits <= 8
+
+
+def _rated(weight: Tensor, layer: LayerPlan, learned: Mapping[str, Tensor], key: str) -> RatedCode:
+    """A weight's code under a rate: what lies below the threshold starts at zero, the step is the least squares one."""
+    unit = float(learned.get(f"{key}#unit", weight.detach().double().std(correction=0)))
+    step = learned.get(f"{key}#step")
+    if step is not None:
+        return RatedCode(weight, layer.bits, step, unit)
+    kept = weight * prune.magnitude_mask(weight, layer.threshold, unit)
+    return RatedCode(kept, layer.bits, quantize.grid_step(kept[kept != 0], layer.bits), unit)
+
+
+def _rated_bias(module: nn.Module, key: str, learned: Mapping[str, Tensor]) -> dict[str, RatedCode]:
+    """The code of the bias beside a weight, if there is one: a quarter of the biases' deviation is the first step."""
+    name = f"{key.removesuffix('weight')}bias"
+    bias = dict(module.named_parameters()).get(name)
+    if bias is None or bias.dtype != torch.float32:
+        return {}
+    spread = float(bias.detach().double().square().mean().sqrt())
+    step = learned.get(f"{name}#step", max(spread, 1e-3) / 4)
+    return {name: RatedCode(bias, BIAS_BITS, step, spread)}
 
 
 def _in_short(tensor: Tensor) -> Tensor:
@@ -236,9 +279,10 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
     return frozenset(key for key in wanted if key in state and state[key].dtype == torch.float32)
 
 
-def _learned(start: State, old: LayerPlan, new: LayerPlan) -> Mapping[str, Tensor]:
-    """What of a state's "#" entries fits a layer whose plan was `old` and is now `new`."""
-    if old == new:
+def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:
+    """What of a state's "#" entries fits a layer under the plan that goes on from it."""
+    old, new = start.plan.layers[name], plan.layers[name]
+    if old == new and _is_rated(start.plan, old) == _is_rated(plan, new):
         return start.tensors
     whole = old.rank is None and new.rank is None
     if whole or (old.rank, old.scheme) == (new.rank, new.scheme):

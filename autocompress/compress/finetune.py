@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.compress.apply import Compressed, call_with, in_fast_layout
+from autocompress.compress.rate import Charge, RatedCode
 from autocompress.errors import TrialFailed
 from autocompress.plan import Recipe
 
@@ -47,6 +48,8 @@ def finetune(
     optimiser = _optimiser(model, recipe.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
     batches = _endless(feed)
+    rated = [code for code in model.codes.values() if isinstance(code, RatedCode)]
+    charge = Charge(rated, recipe.rate, model.paid, total)
     for tensor in (*model.module.parameters(), *model.module.buffers()):
         tensor.data = in_fast_layout(tensor.data)
     step = 0
@@ -61,6 +64,7 @@ def finetune(
                 raise TrialFailed(f"loss became {value.item()} at step {step} of {total}")
             optimiser.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
+            charge(step)
             optimiser.step()
             scheduler.step()
             step += 1
@@ -115,11 +119,10 @@ def _objective(
 
 
 def _optimiser(model: Compressed, rate: float) -> torch.optim.Optimizer:
-    codes = model.codes.values()
-    slow = [t for code in codes for t in (code.table, code.step) if t is not None]
+    trained = [code.trained() for code in model.codes.values()]
     groups = [
-        {"params": [*(code.weights for code in codes), *model.others()], "lr": rate},
-        {"params": slow, "lr": rate / 10},
+        {"params": [*(t for quick, _ in trained for t in quick), *model.others()], "lr": rate},
+        {"params": [t for _, slow in trained for t in slow], "lr": rate / 10},
     ]
     return torch.optim.Adam([g for g in groups if g["params"]])
 

@@ -184,8 +184,13 @@ _RECIPE: dict[str, _End] = {
     "epochs": _number,
     "learning_rate": partial(_number, above=True),
     "distillation": partial(_number, high=1.0),
+    "rate": _number,
 }
-_RECIPE_DEFAULTS = {"learning_rate": _Range(3e-4, 3e-3, log=True), "distillation": _Range(0.5, 0.5)}
+_RECIPE_DEFAULTS = {
+    "learning_rate": _Range(3e-4, 3e-3, log=True),
+    "distillation": _Range(0.5, 0.5),
+    "rate": _Range(0.0, 0.0),
+}
 TOP_KEYS = ("version", "description", "layers", "recipe")
 
 

@@ -1,0 +1,189 @@
+"""Rate-aware finetuning: what a tensor's file costs in bits, as a gradient.
+
+Notation: W the float weights, s the step of their grid, u = W / s, q = round(u) the levels, n the
+elements of all priced tensors, lambda the price (`Recipe.rate`).
+
+The objective is loss + lambda / n x R, R the bits of all levels under a model of the coder: a weight
+is nonzero with a probability p that follows from the shares of nonzero weights in its row and in its
+column (their log odds add up), its magnitude costs what the tensor's histogram says, its sign a bit:
+
+    R(0) = -log2(1 - p)        R(q) = -log2 p - log2 h(|q|) + 1
+
+Between two levels R is linear, so that it has a gradient, dR/du = R(floor u + 1) - R(floor u); the
+model is counted anew every few steps. Rounding is straight-through, s is learned (Esser et al. 2020,
+arXiv 1902.08153). The idea of training under an entropy model of the weights: Oktay et al. 2020,
+arXiv 1906.06624, there in a learned latent space, here under the counts of the file's own coder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocompress.codec.tensors import Coded, grid_table
+from autocompress.compress import quantize
+
+REFRESH = 20
+"""Steps between two counts of the model."""
+SILENT = 100
+"""Steps in which a row or a column gets no gradient at all, after which it is cleared."""
+BIAS_BITS = 8
+RAMP = 0.3
+"""The share of the finetuning in which the price rises from the one before."""
+
+
+class RatedCode:
+    """One tensor under a price: all its floats, on a grid of learned step.
+
+    `weights` (the tensor's shape) and `log_step` () are leaf tensors that an optimiser trains. Nothing is
+    masked: what rounds to zero may come back. `unit` is what thresholds count in.
+    """
+
+    table: Tensor | None = None
+
+    def __init__(self, weights: Tensor, bits: int, step: Tensor | float, unit: float) -> None:
+        self.weights = weights.detach().clone().requires_grad_()
+        self.log_step = torch.as_tensor(step).to(weights).log().requires_grad_()
+        self.top, self.unit = quantize.levels(bits)[1], unit
+        self._heard = torch.zeros_like(self.weights, dtype=torch.bool)
+        self.count()
+
+    @property
+    def step(self) -> Tensor:
+        """The grid's step, a scalar."""
+        return self.log_step.exp()
+
+    def values(self) -> Tensor:
+        """The tensor that the model computes with; differentiable in `weights` (straight through) and `log_step`."""
+        return _Grid.apply(self.weights, self.step, self.top)  # type: ignore[no-untyped-call, no-any-return]
+
+    def trained(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The leaf tensors that learn at the recipe's rate, and those at a tenth of it."""
+        return [self.weights, self.log_step], []
+
+    @torch.no_grad()
+    def levels(self) -> Tensor:
+        """The levels in the weights' dtype, -top to top."""
+        return (self.weights / self.step).round_().clamp_(-self.top, self.top)
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """Count the model of the bits anew from the present levels. Weights beyond the grid come back to its ends."""
+        bound = (self.top + 0.49) * self.step
+        torch.clamp(self.weights, -bound, bound, out=self.weights.data)
+        self.odds, self.rises = model_of(self.levels(), self.top)
+
+    @torch.no_grad()
+    def charge(self, price: float) -> None:
+        """Add the gradients of price x R to those of the loss, and note where the loss had any."""
+        if self.weights.grad is None or self.log_step.grad is None:
+            return
+        torch.logical_or(self._heard, self.weights.grad, out=self._heard)
+        step = self.step
+        u = self.weights / step
+        slope = slopes(u, self.odds, self.rises).mul_(price)
+        self.log_step.grad -= torch.dot(slope.flatten(), u.flatten())
+        self.weights.grad += slope.div_(step)
+
+    @torch.no_grad()
+    def clear_silent(self) -> None:
+        """Zero the rows and columns that no gradient reached since the last call.
+
+        Nobody reads such a unit, or its activation is off for all inputs; such an input is always zero.
+        Without this a dead row stays full: the model finds its weights cheap.
+        """
+        heard = self._heard.flatten(1) if self._heard.dim() > 1 else self._heard.unsqueeze(1)
+        silent = ~(heard.any(1, keepdim=True) & heard.any(0, keepdim=True)).view_as(self.weights)
+        if heard.any():  # else the tensor is frozen, or unused
+            self.weights.data.masked_fill_(silent, 0.0)
+        self._heard.zero_()
+
+    @torch.no_grad()
+    def encode(self) -> Coded:
+        """The tensor as the artifact holds it; its values equal `values()` in float32."""
+        level = self.levels().long()
+        low, high = min(int(level.min()), 0), max(int(level.max()), 0)
+        grid = (float(np.float32(self.step.item())), low)
+        symbols = (level - low).cpu().numpy().astype(np.uint16)
+        return Coded(symbols, grid_table(*grid, high - low + 1), str(self.weights.dtype).removeprefix("torch."), grid)
+
+    def full(self) -> Tensor:
+        """All float weights."""
+        return self.weights.detach().clone()
+
+
+class Charge:
+    """The rate term of a finetuning: to be called in each step, between `backward` and the optimiser's step.
+
+    `before` is the price that the weights were trained under so far; within the first `RAMP` of the
+    `total` steps it goes over to `rate`.
+    """
+
+    def __init__(self, codes: Sequence[RatedCode], rate: float, before: float, total: int) -> None:
+        self.codes, self.rate, self.before, self.total = codes, rate, before, total
+        self.elements = sum(code.weights.numel() for code in codes)
+
+    def __call__(self, step: int, scale: float = 1.0) -> None:
+        """Add the term's gradients, times `scale`, in the step of that number."""
+        if step % REFRESH == 0:
+            for code in self.codes:
+                if step and step % SILENT == 0:
+                    code.clear_silent()
+                code.count()
+        share = min(1.0, step / (RAMP * self.total))
+        rate = self.before + share * (self.rate - self.before)
+        for code in self.codes:
+            code.charge(scale * rate / self.elements)
+
+
+def model_of(levels: Tensor, top: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Log odds (base 2) of nonzero by row (r, 1) and column (1, c), which add up, and what each level costs more.
+
+    `levels` (r, ...) count as a matrix (r, c), those of one axis as one row. The second result (top + 1,)
+    holds R(k + 1) - R(k), k = 0 .. top - 1, without the odds for k = 0, then 0.
+    """
+    size = levels.abs().flatten(1) if levels.dim() > 1 else levels.abs().unsqueeze(0)
+    nonzero = (size > 0).to(size)
+    rows, columns = size.shape
+    row = _odds((nonzero.sum(1, keepdim=True) + 0.4) / (columns + 1))
+    column = _odds((nonzero.sum(0, keepdim=True) + 0.4) / (rows + 1))
+    middle = _odds((nonzero.sum() + 0.4) / (nonzero.numel() + 1))
+    counts = torch.bincount(size.flatten().long(), minlength=top + 1)[1:].to(size) + 0.3
+    bits = 1 - torch.log2(counts / counts.sum())
+    bits = bits.cummax(0).values  # no level is cheaper than a lower one: else weights would gather at the top
+    return (row - middle, column), torch.cat([bits[:1], bits.diff(), bits.new_zeros(1)])
+
+
+def slopes(u: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tensor:
+    """dR/du, of u's shape; R is linear between levels."""
+    flat = u.flatten(1) if u.dim() > 1 else u.unsqueeze(0)
+    size = flat.abs()
+    slope = rises[size.clamp(max=len(rises) - 1).int()]
+    slope -= torch.where(size < 1, odds[0] + odds[1], 0.0)
+    return slope.mul_(flat.sign()).view_as(u)
+
+
+def _odds(share: Tensor) -> Tensor:
+    return torch.logit(share, eps=1e-4) / math.log(2)
+
+
+class _Grid(torch.autograd.Function):
+    """(W, s, top) -> s q. Straight through to W, to s the residual q - u."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, step: Tensor, top: int) -> Tensor:
+        u = weights / step
+        level = u.round().clamp_(-top, top)
+        ctx.save_for_backward(level - u)
+        return level * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (residual,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad, torch.dot(grad.flatten(), residual.flatten()), None
