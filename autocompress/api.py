@@ -48,6 +48,7 @@ def search(
     time_budget: str | float | None = None,
     finetune_epochs: float | None = None,
     effort: str = "auto",
+    inherit: bool = False,
     tracking_uri: str | None = None,
     data_dir: str | Path | None = None,
     address: str | None = None,
@@ -60,8 +61,10 @@ def search(
     `trials` counts all trials of the study. A study of that `name` is continued if task, data,
     space and seed are the same (StudyError otherwise). `time_budget` ("10m" or seconds) ends the
     search early; what is finished is kept. `effort` is the coder of the artifacts: "auto" (the
-    shortest of ours), "fast", "max", or "huffman" (Deep Compression's). The task's model is never
-    changed. Raises TaskError, SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt
+    shortest of ours), "fast", "max", or "huffman" (Deep Compression's). With `inherit` a trial goes on
+    from the state of the nearest milder plan of the front; the sampler "continuation" does so always
+    (its default space is "continuation"). The task's model is never changed.
+    Raises TaskError, SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt
     when it is stopped.
     """
     from autocompress import engine
@@ -89,6 +92,7 @@ def search(
         budget=budget,
         epochs=finetune_epochs,
         effort=effort,
+        inherit=inherit,
         tracking_uri=tracking_uri,
         address=address,
         command=command or f"autocompress.search({task.name!r})",
@@ -140,6 +144,7 @@ def resume(
         budget=None if time_budget is None else parse_time(time_budget),
         epochs=settings.epochs,
         effort=settings.effort,
+        inherit=settings.inherit,
         tracking_uri=tracking_uri,
         address=address,
         command=settings.command,
@@ -169,6 +174,7 @@ def _search(
     budget: float | None,
     epochs: float | None,
     effort: str,
+    inherit: bool,
     tracking_uri: str | None,
     address: str | None,
     command: str,
@@ -176,6 +182,7 @@ def _search(
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
+    from autocompress.search.continuation import CONTINUATION, check_continuable
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder
     from autocompress.search.space_file import load_space
@@ -191,7 +198,10 @@ def _search(
         records.folder(name)
     check_task(task)
     bench = Workbench(task)
-    found = load_space(space, bench.layers)
+    along = sampler == CONTINUATION
+    found = load_space(CONTINUATION if space is None and along else space, bench.layers)
+    if along:
+        check_continuable(found)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -204,13 +214,14 @@ def _search(
         space=found.source,
         fingerprint={**fingerprint(task), "space": found.fingerprint()},
         epochs=bench.default_epochs if epochs is None else epochs,
-        rungs=RUNGS,
-        steps=preflight.uniform_steps(trials),
+        rungs=RUNGS[-1:] if along else RUNGS,
+        steps=0 if along else preflight.uniform_steps(trials),
         command=command,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         versions=versions(),
         origin=origin,
         effort=effort,
+        inherit=inherit or along,
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)
@@ -237,7 +248,7 @@ def _search(
         with _tracked(session):
             if left:
                 trial = partial(run_trial, effort=settings.effort)
-                engine.run(task, session, cluster, left, settings.rungs, trial=trial)
+                engine.run(task, session, cluster, left, settings.rungs, trial=trial, states=settings.inherit)
             _note_tests(store, records, task, bench)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
@@ -361,6 +372,7 @@ def _same_study(old: Settings, new: Settings) -> None:
         ("sampler", old.sampler, new.sampler),
         ("finetune-epochs", old.epochs, new.epochs),
         ("effort", old.effort, new.effort),
+        ("inherit", old.inherit, new.inherit),
     )
     for what, before, now in pairs:
         if before != now:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import autocompress
 from autocompress.errors import AutocompressError, UsageError
+from autocompress.search.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--trials", type=_whole, default=40, metavar="N", help="trials of the study in all (40)")
     search.add_argument("--space", metavar="FILE|NAME", help="search space (default: the one called default)")
     search.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything random (0)")
-    search.add_argument("--sampler", default="tpe", metavar="NAME", help="tpe, nsga2, nsga3, gp, qmc or random (tpe)")
+    search.add_argument("--sampler", default="tpe", metavar="NAME", help=f"{', '.join(SAMPLERS)} (tpe)")
+    search.add_argument(
+        "--inherit", action="store_true", help="trials go on from the states of the front's milder plans"
+    )
     search.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning of a trial (about 500 steps)")
     _effort_option(search, "auto", "coder of the artifacts")
     _data_option(search)
@@ -186,6 +190,7 @@ def _search(options: argparse.Namespace) -> int:
             time_budget=options.time_budget,
             finetune_epochs=options.finetune_epochs,
             effort=options.effort,
+            inherit=options.inherit,
             tracking_uri=options.tracking_uri,
             data_dir=options.data_dir,
             address=options.address,

@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -35,11 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """One trial for a worker."""
+    """One trial for a worker; `start` is the file of the state that it goes on from, `parent` whose that is."""
 
     number: int
     plan: Plan
     seed: int
+    parent: int | None = None
+    start: bytes | None = field(default=None, repr=False)
 
 
 class Ledger(Protocol):
@@ -48,8 +50,10 @@ class Ledger(Protocol):
     def next(self) -> Job | None:
         """The next trial, None when there is none."""
 
-    def measured(self, number: int, measurement: Measurement, artifact: bytes, last: bool) -> Decision:
-        """A trial reached a rung."""
+    def measured(
+        self, number: int, measurement: Measurement, artifact: bytes, last: bool, state: bytes | None = None
+    ) -> Decision:
+        """A trial reached a rung; at its last one, where states are kept, with the file of its state."""
 
     def ended(self, number: int, error: str | None) -> None:
         """A trial is over; `error` says why it failed."""
@@ -82,11 +86,13 @@ def run(
     rungs: Sequence[float],
     *,
     trial: Callable[..., Iterator[Any]] | None = None,
+    states: bool = False,
 ) -> None:
     """Run up to `trials` trials to their end. Raises KeyboardInterrupt when the user stops it.
 
     Trials that are running at that moment end where they are and are not told to the ledger.
-    `trial` runs one: it is called as `autocompress.trial.run_trial` is, which it is by default.
+    `trial` runs one: it is called as `autocompress.trial.run_trial` is, which it is by default. With `states`,
+    the state of each finished trial goes to the ledger.
     """
     with _quiet_ray(cluster) as ray:
         from ray import tune
@@ -99,7 +105,9 @@ def run(
         resources = {"cpu": 1, "gpu": _gpu_share(ray, cluster)}
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(trainable, payload=payload, threads=cluster.threads, rungs=tuple(rungs)),
+                tune.with_parameters(
+                    trainable, payload=payload, threads=cluster.threads, rungs=tuple(rungs), states=states
+                ),
                 resources,
             ),
             tune_config=tune.TuneConfig(
@@ -272,20 +280,28 @@ def _is_stdlib(path: Path) -> bool:
 
 def _trainable() -> type:
     """Ray Tune's side of a trial, made here so that Ray is only imported when a search starts."""
+    import ray
     from ray import tune
+
+    from autocompress.compress import lineage
 
     class TrialActor(tune.Trainable):  # type: ignore[misc]
         """Runs one trial after the other; a step is a rung."""
 
         def setup(
-            self, config: dict[str, Any], payload: bytes = b"", threads: int = 1, rungs: tuple[float, ...] = (0.0, 1.0)
+            self,
+            config: dict[str, Any],
+            payload: bytes = b"",
+            threads: int = 1,
+            rungs: tuple[float, ...] = (0.0, 1.0),
+            states: bool = False,
         ) -> None:
             import torch
 
             from autocompress.trial import Budget, Workbench, run_trial
 
             torch.set_num_threads(threads)
-            self.budget = Budget(rungs)
+            self.budget, self.states = Budget(rungs), states
             self.problem: str | None = None
             try:
                 task, trial = pickle.loads(payload)
@@ -305,17 +321,20 @@ def _trainable() -> type:
                 return {"number": number, "error": self.problem, "done": True}
             try:
                 if self.outcomes is None:
-                    plan = Plan.from_json(self.job["plan"])
-                    self.outcomes = self.run_trial(self.bench, plan, self.budget, self.job["seed"])
+                    plan, start = Plan.from_json(self.job["plan"]), self.job["start"]
+                    state = None if start is None else lineage.unpack(ray.get(start.reference))
+                    self.outcomes = self.run_trial(self.bench, plan, self.budget, self.job["seed"], state)
                     self.left = len(self.budget.rungs) if plan.recipe.epochs > 0 else 1
                 outcome = next(self.outcomes)
                 self.left -= 1
+                state_file = lineage.pack(outcome.state()) if self.states and self.left == 0 else None
             except Exception as error:  # a user's code may raise anything: the trial fails, not the search
                 return {"number": number, "error": _one_line(error), "done": True}
             return {
                 "number": number,
                 "measurement": outcome.measurement.to_json(),
                 "artifact": outcome.artifact,
+                "state": state_file,
                 "last": self.left == 0,
                 "done": self.left == 0,
             }
@@ -332,6 +351,13 @@ def _trainable() -> type:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, AutocompressError) else f"{type(error).__name__}: {text}"
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A reference into Ray's object store, in a form that Tune hands on as it is."""
+
+    reference: Any
 
 
 class _Relay:
@@ -367,7 +393,8 @@ class _Relay:
         self._rungs.add((number, rung))
         values = {k.removeprefix("measurement/"): v for k, v in flat.items() if k.startswith("measurement/")}
         measurement = Measurement.from_json(values)
-        decision = self._guard(lambda: self.ledger.measured(number, measurement, flat["artifact"], bool(flat["last"])))
+        artifact, last, state = flat["artifact"], bool(flat["last"]), flat.get("state")
+        decision = self._guard(lambda: self.ledger.measured(number, measurement, artifact, last, state))
         return decision or Decision.STOP
 
     def ended(self, trial_id: str, error: str | None) -> None:
@@ -385,6 +412,7 @@ class _Relay:
 
 def _adapters(relay: _Relay) -> tuple[Any, Any, Any]:
     """Tune's searcher, scheduler and callback around the relay."""
+    import ray
     from ray.tune import Callback
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
     from ray.tune.search import Searcher
@@ -403,7 +431,8 @@ def _adapters(relay: _Relay) -> tuple[Any, Any, Any]:
             job = relay.next(trial_id)
             if job is None:
                 return Searcher.FINISHED
-            return {"number": job.number, "plan": job.plan.to_json(), "seed": job.seed}
+            start = None if job.start is None else _Shared(ray.put(job.start))
+            return {"number": job.number, "plan": job.plan.to_json(), "seed": job.seed, "start": start}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             return None
@@ -427,6 +456,7 @@ def _adapters(relay: _Relay) -> tuple[Any, Any, Any]:
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
             relay.result(flatten_dict(result))
             result.pop("artifact", None)
+            result.pop("state", None)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             relay.ended(trial.trial_id, (trial.last_result or {}).get("error"))

@@ -3,6 +3,7 @@
 ROOT/studies/NAME/study.db          the Optuna study
 ROOT/studies/NAME/study.lock        held by the process that searches
 ROOT/studies/NAME/artifacts/...     files of the front's members and of trial 0
+ROOT/studies/NAME/states/...        states of the front's members, where trials go on from each other
 ROOT/mlflow.db, ROOT/mlflow-artifacts/
 """
 
@@ -48,6 +49,10 @@ class Records:
     def artifact(self, study: str, name: str) -> Path:
         """An artifact's path."""
         return self.folder(study) / "artifacts" / name
+
+    def state(self, study: str, number: int) -> Path:
+        """The file of the state that a trial left behind."""
+        return self.folder(study) / "states" / f"trial-{number:04d}.safetensors"
 
     @property
     def mlflow_artifacts(self) -> Path:

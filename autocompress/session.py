@@ -11,12 +11,13 @@ import hashlib
 import os
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from autocompress.engine import Job
+from autocompress.errors import RecordError
 from autocompress.folders import Records
 from autocompress.plan import Measurement
 from autocompress.record import StudyRecord, TrialRecord
@@ -55,6 +56,7 @@ class _Running:
     origin: str
     measurements: list[Measurement] = field(default_factory=list)
     artifact: bytes = b""
+    state: bytes | None = None
     best: Measurement | None = None
     stopped: bool = False
 
@@ -99,20 +101,25 @@ class Session:
         self.note_homes()
         if self.late and self.record.trials:
             return None
-        proposal = self.store.propose()
+        proposal = self.store.propose(self._states())
         if proposal is None:
             return None
         self._record = None
+        start = None if proposal.parent is None else self._state_of(proposal.parent)
         self._running[proposal.number] = _Running(time.monotonic(), proposal.origin)
-        job = Job(proposal.number, proposal.plan, proposal.seed)
+        job = Job(proposal.number, proposal.plan, proposal.seed, proposal.parent, start)
         self.listener.started(job)
         return job
 
-    def measured(self, number: int, measurement: Measurement, artifact: bytes, last: bool) -> Decision:
+    def measured(
+        self, number: int, measurement: Measurement, artifact: bytes, last: bool, state: bytes | None = None
+    ) -> Decision:
         """Keep a rung's numbers, and its file if it is the trial's best so far; decide whether to go on."""
         trial = self._running[number]
         trial.measurements.append(measurement)
-        if trial.best is None or self._key(measurement) < self._key(trial.best):
+        trial.state = state
+        best = self.store.best(number, trial.measurements)
+        if best is measurement:
             trial.best, trial.artifact = measurement, artifact
         self.listener.measured(number, measurement)
         if last:
@@ -137,6 +144,8 @@ class Session:
         if state != "failed" and self._joins_front(number, trial):
             path = self.records.artifact(self.store.settings.study, artifact_name(number))
             write_file(path, trial.artifact)
+            if trial.state is not None:
+                write_file(self.records.state(self.store.settings.study, number), trial.state)
             digest = hashlib.sha256(trial.artifact).hexdigest()
         self.store.finish(number, trial.measurements, state=state, sha256=digest, error=error, seconds=seconds)
         self._record = None
@@ -146,17 +155,24 @@ class Session:
         self.listener.ended(done, self.record)
 
     def drop_artifacts(self) -> None:
-        """Remove the files of trials that are neither on the front nor the baseline."""
-        folder = self.records.artifact(self.store.settings.study, "x").parent
-        kept = {Path(t.artifact).name for t in self.record.trials if t.artifact is not None}
-        kept |= {artifact_name(number) for number in self._running}
-        found: list[str] = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-            found = [entry.name for entry in entries]
-        for name in found:
-            finished = name.startswith("trial-") and name.endswith(".acz") and name not in kept
-            if finished or name.startswith(".trial-"):  # half-written ones of a process that was killed
-                (folder / name).unlink(missing_ok=True)
+        """Remove the files of trials that are neither on the front nor the baseline, and states that nobody needs."""
+        study = self.store.settings.study
+        kept = {t.number for t in self.record.trials if t.artifact is not None} | self._running.keys()
+        _drop(self.records.artifact(study, "x").parent, {artifact_name(number) for number in kept})
+        parents = {t.parent for t in self.record.trials if t.parent is not None and t.state == "running"}
+        _drop(self.records.state(study, 0).parent, {self.records.state(study, n).name for n in kept | parents})
+
+    def _states(self) -> frozenset[int]:
+        """The trials whose states are kept."""
+        folder = self.records.state(self.store.settings.study, 0).parent
+        return frozenset(int(path.stem.removeprefix("trial-")) for path in folder.glob("trial-*.safetensors"))
+
+    def _state_of(self, number: int) -> bytes:
+        path = self.records.state(self.store.settings.study, number)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RecordError(f"the state of trial {number} cannot be read from {str(path)!r}: {error}") from error
 
     def note_homes(self) -> None:
         """Store where MLflow shows the study, once its writer thread has said so."""
@@ -174,13 +190,20 @@ class Session:
         beaten = any(a <= mine[0] and b <= mine[1] and ((a, b) != mine or n < number) for a, b, n in rivals)
         return number == 0 or not beaten
 
-    def _key(self, m: Measurement) -> tuple[float, int]:
-        return self.sign * m.metric_val, m.size_bytes
-
     @property
     def late(self) -> bool:
         """Whether the time budget is spent."""
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _drop(folder: Path, kept: Collection[str]) -> None:
+    """Remove the trials' files of a folder that are not kept, and half-written ones of a process that was killed."""
+    found: list[str] = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        found = [entry.name for entry in entries]
+    for name in found:
+        if (name.startswith("trial-") and name not in kept) or name.startswith(".trial-"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ from autocompress.compress import apply, artifact, lowrank
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.layers import Inventory, find_layers, macs_of
+from autocompress.compress.lineage import State
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, check
 from autocompress.tasks.batches import (
@@ -61,7 +62,7 @@ class Outcome:
 
     measurement: Measurement
     artifact: bytes = field(repr=False)
-    state: Callable[[], apply.State] = field(repr=False)
+    state: Callable[[], State] = field(repr=False)
 
 
 class Workbench:
@@ -190,7 +191,7 @@ def run_trial(
     plan: Plan,
     budget: Budget | None = None,
     seed: int = 0,
-    start: apply.State | None = None,
+    start: State | None = None,
     *,
     effort: str = container.AUTO,
 ) -> Iterator[Outcome]:
@@ -214,7 +215,7 @@ def run_trial(
 
 
 def _outcomes(
-    bench: Workbench, plan: Plan, budget: Budget, seed: int, start: apply.State | None, *, effort: str
+    bench: Workbench, plan: Plan, budget: Budget, seed: int, start: State | None, *, effort: str
 ) -> Iterator[Outcome]:
     began = time.monotonic()
     recipe, specs = plan.recipe, bench.layers

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from autocompress.codec.tensors import Coded, Raw, grid_table
 from autocompress.compress import lowrank, prune, quantize
 from autocompress.compress.artifact import raw_tensor, unique_state
+from autocompress.compress.lineage import State
 from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
 from autocompress.errors import TrialFailed
@@ -28,20 +28,6 @@ from autocompress.plan import SHORT_BITS, LayerPlan, LayerSpec, Plan
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
 SvdSource = Callable[[LayerSpec, str], lowrank.Svd]
-
-
-@dataclass(frozen=True)
-class State:
-    """What finetuning goes on from: the float tensors behind a trial's codes, and its plan.
-
-    `tensors` holds, by state key of the compressed model, the full float weights (pruned ones as
-    they were when they were pruned), all other parameters and buffers, and for each code
-    "KEY#unit" (the standard deviation that thresholds count in, that of the weights at first) and
-    "KEY#table" or "KEY#step".
-    """
-
-    plan: Plan
-    tensors: Mapping[str, Tensor]
 
 
 class Code:

@@ -9,7 +9,7 @@ from autocompress.errors import UsageError
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "qmc", "random")
+SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "qmc", "random", "continuation")
 
 
 def check_sampler(name: str) -> None:
@@ -19,7 +19,9 @@ def check_sampler(name: str) -> None:
 
 
 def make_sampler(name: str, seed: int, startup: int = 10) -> BaseSampler:
-    """The Optuna sampler of that name. `startup`: trials before TPE and GP begin to model.
+    """The Optuna sampler of that name; a random one for "continuation", which proposes by itself.
+
+    `startup`: trials before TPE and GP begin to model.
 
     Raises UsageError for an unknown name.
     """

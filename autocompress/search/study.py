@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -21,7 +21,9 @@ import numpy as np
 from autocompress.errors import StudyError
 from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
 from autocompress.record import StudyRecord, TrialRecord
+from autocompress.search.continuation import CONTINUATION, USEFUL, Seen, following
 from autocompress.search.disk import connect, directions, disk_errors, holds_study, insert_running, write_end
+from autocompress.search.lineage import ancestor
 from autocompress.search.samplers import make_sampler
 from autocompress.search.space import Space
 
@@ -41,7 +43,8 @@ class Settings:
     """What holds for a whole study; plain JSON types apart from the layers.
 
     `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
-    `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`.
+    `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`. `inherit`: whether trials go on
+    from the states of finished ones.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
     """
 
@@ -63,6 +66,7 @@ class Settings:
     versions: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] | None = None
     effort: str = "auto"
+    inherit: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,12 +79,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to run: its number, plan, seed, and what proposed it."""
+    """A trial to run: its number, plan, seed, what proposed it, and the trial whose state it goes on from."""
 
     number: int
     plan: Plan
     seed: int
     origin: str
+    parent: int | None = None
 
 
 class _Found(NamedTuple):
@@ -90,6 +95,7 @@ class _Found(NamedTuple):
     params: dict[str, float]
     origin: str
     asked: optuna.Trial | None = None
+    parent: int | None = None
 
 
 class StudyStore:
@@ -105,6 +111,7 @@ class StudyStore:
         self._tracking: dict[str, Any] = dict(attributes.get(_TRACKING, {}))
         self._trials: dict[int, TrialRecord] = {}
         self._ids: dict[int, int] = {}
+        self._params: dict[int, Mapping[str, float]] = {}
         self._read()
 
     @classmethod
@@ -155,18 +162,26 @@ class StudyStore:
                 self._memory.add_trial(trial)
         self._open: dict[int, optuna.Trial] = {}
 
-    def propose(self) -> Proposal | None:
-        """The next trial, noted on disk as running; None when `asked` are there or no new plan is left."""
+    def propose(self, states: Collection[int] = ()) -> Proposal | None:
+        """The next trial, noted on disk as running; None when `asked` are there or no new plan is left.
+
+        `states`: the trials whose state is at hand, so that others can go on from them.
+        """
         if self._waiting:
             trial = self._waiting.pop(0)
-            return Proposal(trial.number, trial.plan, trial.seed, trial.origin)
+            return Proposal(trial.number, trial.plan, trial.seed, trial.origin, trial.parent)
         number = len(self._trials)
         if number >= self.asked:
             return None
-        found = self._baseline() if number == 0 else self._uniform() or self._sampled()
+        if number == 0:
+            found: _Found | None = self._baseline()
+        elif self.settings.sampler == CONTINUATION:
+            found = self._continued(states)
+        else:
+            found = self._uniform() or self._sampled(states)
         if found is None:
             return None
-        proposal = Proposal(number, found.plan, trial_seed(self.settings.seed, number), found.origin)
+        proposal = Proposal(number, found.plan, trial_seed(self.settings.seed, number), found.origin, found.parent)
         self._store(proposal, found)
         return proposal
 
@@ -183,7 +198,7 @@ class StudyStore:
         """Note how a trial ended ("complete", "stopped" or "failed"). The best rung by validation counts."""
         import optuna
 
-        best = self._best(measurements)
+        best = self.best(number, measurements)
         if best is None and state != "failed":
             raise ValueError(f"trial {number} ended as {state} without a measurement")
         failed = state == "failed"
@@ -249,13 +264,17 @@ class StudyStore:
             trials[number] = replace(trials[number], artifact=artifact_path(s.study, number))
         return replace(record, trials=tuple(trials.values()))
 
-    def _best(self, measurements: Sequence[Measurement]) -> Measurement | None:
+    def best(self, number: int, measurements: Sequence[Measurement]) -> Measurement | None:
+        """The measurement that counts: the best by validation; under a rate, which shrinks files all along, the last."""
+        if self._trials[number].plan.recipe.rate > 0:
+            return measurements[-1] if measurements else None
         sign = 1.0 if self.settings.direction == "minimize" else -1.0
         return min(measurements, key=lambda m: (sign * m.metric_val, m.size_bytes), default=None)
 
     def _baseline(self) -> _Found:
         """Trial 0. Its parameters are the mildest that the space holds, so that samplers can use it."""
-        mildest = dict(self._ladder[0]) if self._ladder else self._space.clip({})
+        middle = {knob.name: knob.at(0.5) for knob in self._space.knobs}
+        mildest = dict(self._ladder[0]) if self._ladder else middle
         return _Found(uncompressed(self.settings.layers), mildest, "baseline")
 
     def _uniform(self) -> _Found | None:
@@ -266,7 +285,26 @@ class StudyStore:
                 return _Found(plan, params, "ladder")
         return None
 
-    def _sampled(self) -> _Found | None:
+    def _continued(self, states: Collection[int]) -> _Found:
+        """The next trial of a search by continuation; a plan may come again, from another state."""
+        record = self.record()
+        seen = [
+            Seen(
+                number=t.number,
+                parent=t.parent,
+                params=self._params[t.number],
+                running=t.state == "running",
+                useful=t in record.front and record.relative_drop(t) <= USEFUL,
+                open=t.number in states,
+                position=math.log(t.best.size_bytes) if t.best else 0.0,
+            )
+            for t in record.trials
+            if t.number and t.state != "failed"
+        ]
+        step = following(seen, self._space, self.workers, self.settings.seed, len(record.trials))
+        return _Found(self._space.plan(step.params, self.settings.epochs), step.params, CONTINUATION, None, step.parent)
+
+    def _sampled(self, states: Collection[int]) -> _Found | None:
         """A plan that was not tried yet, by the sampler; at random when the sampler only repeats itself."""
         import optuna
 
@@ -274,13 +312,20 @@ class StudyStore:
             trial = self._memory.ask(self._distributions)
             plan = self._space.plan(trial.params, self.settings.epochs)
             if plan.key() not in self._seen:
-                return _Found(plan, dict(trial.params), "sampler", trial)
+                return _Found(plan, dict(trial.params), "sampler", trial, self._ancestor(plan, states))
             self._memory.tell(trial, state=optuna.trial.TrialState.FAIL)
         for params in self._at_random():
             plan = self._space.plan(params, self.settings.epochs)
             if plan.key() not in self._seen:
-                return _Found(plan, params, "sampler")
+                return _Found(plan, params, "sampler", None, self._ancestor(plan, states))
         return None
+
+    def _ancestor(self, plan: Plan, states: Collection[int]) -> int | None:
+        """The trial to go on from, where the study hands states on: a milder one of the front."""
+        if not self.settings.inherit:
+            return None
+        members = {t.number: t.plan for t in self.record().front if t.number in states}
+        return ancestor(plan, members, self.settings.layers)
 
     def _at_random(self) -> Iterator[dict[str, float]]:
         """Parameters in random order: all that a small space of whole numbers holds, else a few hundred."""
@@ -313,7 +358,7 @@ class StudyStore:
                     "plan": found.plan.to_json(),
                     "seed": proposal.seed,
                     "origin": found.origin,
-                    "parent": None,  # the trial whose state this one starts from, once searches hand states on
+                    "parent": found.parent,
                 },
                 system_attrs={}
                 if asked is None
@@ -321,8 +366,11 @@ class StudyStore:
             )
         if asked is not None:
             self._open[number] = asked
+        self._params[number] = found.params
         self._seen.add(found.plan.key())
-        self._trials[number] = TrialRecord(number, "running", found.plan, proposal.seed, origin=found.origin)
+        self._trials[number] = TrialRecord(
+            number, "running", found.plan, proposal.seed, origin=found.origin, parent=found.parent
+        )
 
     def _remember(self, number: int, values: list[float]) -> None:
         """Tell the sampler of a trial that it did not propose itself."""
@@ -351,6 +399,7 @@ class StudyStore:
             ended = trial.state.is_finished() and "result" in attributes
             self._trials[trial.number] = _with_result(record, attributes["result"]) if ended else record
             self._ids[trial.number] = trial._trial_id
+            self._params[trial.number] = trial.params
 
 
 def trial_seed(seed: int, number: int) -> int:

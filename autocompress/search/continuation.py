@@ -1,0 +1,123 @@
+"""Search by continuation: the price of a bit rises trial by trial, each trial going on from the state before.
+
+A whole front then takes the time of one long finetuning. There are as many chains as workers, each with
+settings of its own; one that falls behind the front is dropped for a branch off the front. What comes next
+follows from the trials so far alone, so that a search can be resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from autocompress.errors import SpaceError
+from autocompress.search.space import Knob, Space
+
+CONTINUATION = "continuation"
+RATE = "recipe.rate"
+USEFUL = 0.1
+"""How much worse than the baseline's, relatively, a metric may be for a chain to go on from there."""
+STEPS = 12
+"""Trials of a chain from the lowest price to the highest."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A trial so far: its parameters and parent, whether it runs, is worth going on from, and has a state to do so.
+
+    `position` is the logarithm of its size.
+    """
+
+    number: int
+    parent: int | None
+    params: Mapping[str, float]
+    running: bool
+    useful: bool
+    open: bool
+    position: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next trial: its parameters, and the trial to go on from."""
+
+    params: dict[str, float]
+    parent: int | None
+
+
+def check_continuable(space: Space) -> None:
+    """Raise SpaceError unless the space searches the rate on a logarithmic scale."""
+    _rate_of(space)
+
+
+def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number: int) -> Step:
+    """What trial `number` is to be.
+
+    New chains first, then the next price for the end of a chain that is on the front, else a branch: the
+    front's member from which the fewest trials went on, or of these the one in the widest gap.
+    """
+    rate = _rate_of(space)
+    random = Random(f"{seed} {number} continuation")
+    roots = [t for t in seen if t.parent is None]
+    if len(roots) < chains:
+        return Step(_beginning(space, rate, len(roots), random), None)
+    children = {t.number: 0 for t in seen}
+    for trial in seen:
+        if trial.parent in children:
+            children[trial.parent] += 1
+    members = sorted((t for t in seen if t.useful and t.open and not t.running), key=lambda t: t.position)
+    ends = [t for t in members if not children[t.number] and t.params[RATE] < rate.high * (1 - 1e-9)]
+    if ends:
+        end = max(ends, key=lambda t: t.number)
+        return Step({**end.params, RATE: rate.clip(end.params[RATE] * _ratio(rate))}, end.number)
+    if not members:
+        return Step(_beginning(space, rate, len(roots), random), None)
+    gaps = _gaps([t.position for t in members])
+    best = min(range(len(members)), key=lambda i: (children[members[i].number], -gaps[i]))
+    return Step(_varied(space, rate, members[best], random), members[best].number)
+
+
+def _beginning(space: Space, rate: Knob, chain: int, random: Random) -> dict[str, float]:
+    """Parameters of a new chain: the first in the middle of every knob, others anywhere; the rate at its low end."""
+    params = {k.name: k.at(0.5 if chain == 0 else random.random()) for k in space.knobs}
+    return {**params, RATE: rate.low}
+
+
+def _varied(space: Space, rate: Knob, parent: Seen, random: Random) -> dict[str, float]:
+    """A branch: the parent's layers, its price or up to a step less, the rest of the recipe a little changed."""
+    params = dict(parent.params)
+    for knob in space.knobs:
+        if knob.name.startswith("recipe.") and knob.name != RATE:
+            params[knob.name] = _near(knob, params[knob.name], random)
+    return {**params, RATE: rate.clip(params[RATE] * _ratio(rate) ** -random.random())}
+
+
+def _near(knob: Knob, value: float, random: Random) -> float:
+    """A value about a fifth of the knob's range away."""
+    if knob.log:
+        spread = 0.2 * math.log(knob.high / knob.low)
+        return knob.clip(math.exp(random.gauss(math.log(value), spread)))
+    return knob.clip(random.gauss(value, 0.2 * (knob.high - knob.low)))
+
+
+def _gaps(positions: Sequence[float]) -> list[float]:
+    """How far apart each point's neighbours are; infinite at both ends."""
+    padded = [-math.inf, *positions, math.inf]
+    return [after - before for before, after in zip(padded, padded[2:], strict=False)]
+
+
+def _ratio(rate: Knob) -> float:
+    return float((rate.high / rate.low) ** (1 / (STEPS - 1)))
+
+
+def _rate_of(space: Space) -> Knob:
+    found = space.recipe.get("rate")
+    if not isinstance(found, Knob) or not found.log:
+        shown = f"{found.low:g} to {found.high:g}" if isinstance(found, Knob) else f"{found or 0.0:g}"
+        raise SpaceError(
+            f"search space {space.name!r}: recipe.rate is {shown}, allowed with sampler {CONTINUATION!r}: "
+            "a range with log: true, such as {low: 0.3, high: 10, log: true}"
+        )
+    return found
