@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autocompress.compress import lineage
 from autocompress.tracking import NullTracker
 from autocompress.trial import Budget, Workbench, run_trial
 
@@ -58,14 +59,16 @@ def write_task(folder: Path, extra: str = "", name: str = "waves.py") -> Path:
     return file
 
 
-def run_here(task, ledger, cluster, trials, rungs, *, trial=None) -> None:
+def run_here(task, ledger, cluster, trials, rungs, *, trial=None, states=False) -> None:
     """As `engine.run`, one trial after the other in this process."""
     bench = Workbench(task)
     while (job := ledger.next()) is not None:
         error = None
         try:
-            for outcome, last in _with_last(run_trial(bench, job.plan, Budget(rungs), job.seed)):
-                ledger.measured(job.number, outcome.measurement, outcome.artifact, last)
+            start = None if job.start is None else lineage.unpack(job.start)
+            for outcome, last in _with_last(run_trial(bench, job.plan, Budget(rungs), job.seed, start)):
+                state = lineage.pack(outcome.state()) if states and last else None
+                ledger.measured(job.number, outcome.measurement, outcome.artifact, last, state)
         except Exception as problem:
             error = str(problem)
         ledger.ended(job.number, error)

@@ -86,7 +86,7 @@ def search(*more: str) -> tuple[str, ...]:
         (("--finetune-epochs=-1",), "finetune-epochs is -1.0, allowed: 0 to"),
         (("--finetune-epochs", "nan"), "finetune-epochs is nan, allowed: 0 to"),
         (("--finetune-epochs", "few"), "--finetune-epochs: 'few' is not a number"),
-        (("--space", "nothing"), "search space is 'nothing', allowed: a YAML file, or one of conv, default"),
+        (("--space", "nothing"), "search space is 'nothing', allowed: a YAML file, or one of continuation, conv"),
         (("--space", "none.yaml"), "search space 'none.yaml': there is no such file"),
         (("--study", "a/b"), "study name is 'a/b', allowed: 1 to 100 letters"),
         (("--study", "a b"), "study name is 'a b', allowed"),

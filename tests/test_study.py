@@ -10,7 +10,7 @@ import pytest
 
 from autocompress.errors import AutocompressError, StudyError, UsageError
 from autocompress.plan import LayerSpec, Measurement
-from autocompress.search.samplers import SAMPLERS
+from autocompress.search.samplers import OPTUNA
 from autocompress.search.space import ladder
 from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
@@ -22,7 +22,7 @@ SPECS = (
 )
 TINY = {"version": 1, "layers": [{"bits": [2, 4]}], "recipe": {"learning_rate": 1e-3}}  # 3 knobs, 27 plans
 
-QUICK = [sampler for sampler in SAMPLERS if sampler != "gp"]
+QUICK = [sampler for sampler in OPTUNA if sampler != "gp"]
 SLOW = pytest.param("gp", marks=pytest.mark.slow)  # it loads torch and scipy, and takes a second a trial
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from autocompress.errors import UsageError
+from autocompress.search.continuation import CONTINUATION
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "qmc", "random", "continuation")
+OPTUNA = ("tpe", "nsga2", "nsga3", "gp", "qmc", "random")
+SAMPLERS = (*OPTUNA, CONTINUATION)
 
 
 def check_sampler(name: str) -> None:

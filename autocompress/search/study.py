@@ -265,7 +265,7 @@ class StudyStore:
         return replace(record, trials=tuple(trials.values()))
 
     def best(self, number: int, measurements: Sequence[Measurement]) -> Measurement | None:
-        """The measurement that counts: the best by validation; under a rate, which shrinks files all along, the last."""
+        """The measurement that counts: the best by validation; the last one under a rate, which shrinks files."""
         if self._trials[number].plan.recipe.rate > 0:
             return measurements[-1] if measurements else None
         sign = 1.0 if self.settings.direction == "minimize" else -1.0
