@@ -144,7 +144,7 @@ class Session:
         if state != "failed" and self._joins_front(number, trial):
             path = self.records.artifact(self.store.settings.study, artifact_name(number))
             write_file(path, trial.artifact)
-            if trial.state is not None:
+            if trial.state is not None and number:  # trial 0 left the model as it was
                 write_file(self.records.state(self.store.settings.study, number), trial.state)
             digest = hashlib.sha256(trial.artifact).hexdigest()
         self.store.finish(number, trial.measurements, state=state, sha256=digest, error=error, seconds=seconds)

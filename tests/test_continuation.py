@@ -1,0 +1,188 @@
+"""Continuation: chains that rise, branches off the front, resumed as if never stopped; and whose state is handed on."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_search import local, one_thread, write_task  # noqa: F401
+
+from autocompress import api
+from autocompress.errors import SpaceError
+from autocompress.plan import LayerPlan, LayerSpec, Plan, Recipe
+from autocompress.search.continuation import RATE, STEPS, Seen, check_continuable, following
+from autocompress.search.lineage import ancestor
+from autocompress.search.space_file import load_space
+
+SPECS = (LayerSpec("a", "linear", (20, 30), 600), LayerSpec("b", "linear", (10, 20), 200))
+SPACE = load_space("continuation", SPECS)
+RATES = next(k for k in SPACE.knobs if k.name == RATE)
+
+
+def seen(number, parent, params, *, running=False, useful=True, state=True, position=None):
+    return Seen(number, parent, params, running, useful, state, -float(number) if position is None else position)
+
+
+def simulate(count, chains=2, useful=lambda step: True, seed=0):
+    """Trials that finish in the order in which they began, `chains` of them at a time."""
+    trials, running = [], []
+    for number in range(1, count + 1):
+        step = following([*trials, *running], SPACE, chains, seed, number)
+        running.append(seen(number, step.parent, step.params, running=True, state=False))
+        if len(running) == chains:
+            done = running.pop(0)
+            trials.append(seen(done.number, done.parent, done.params, useful=useful(done)))
+    return [*trials, *running]
+
+
+def test_each_chain_rises_from_the_lowest_price_to_the_highest():
+    trials = {t.number: t for t in simulate(2 * STEPS)}
+    roots = [t for t in trials.values() if t.parent is None]
+    assert [t.number for t in roots] == [1, 2]
+    for root in roots:
+        chain = [root]
+        while following_one := [t for t in trials.values() if t.parent == chain[-1].number]:
+            chain.append(following_one[0])
+        rates = [t.params[RATE] for t in chain]
+        assert rates[0] == RATES.low
+        assert rates[-1] == pytest.approx(RATES.high)
+        assert len(chain) == STEPS
+        ratios = [b / a for a, b in itertools.pairwise(rates)]
+        assert max(ratios) == pytest.approx(min(ratios))
+        others = [{k: v for k, v in t.params.items() if k != RATE} for t in chain]
+        assert all(o == others[0] for o in others)
+
+
+def test_chains_differ_in_their_settings():
+    first, second = simulate(2)
+    assert first.params != second.params
+
+
+def test_a_chain_that_fell_behind_is_dropped_for_a_branch_off_the_front():
+    trials = [
+        seen(1, None, {**mild(), RATE: 0.3}),
+        seen(2, 1, {**mild(), RATE: 0.5}),
+        seen(3, 2, {**mild(), RATE: 0.9}, useful=False),
+    ]
+    step = following(trials, SPACE, 1, 0, 4)
+    assert step.parent == 2 or step.parent == 1
+    assert step.params[RATE] <= 0.5
+
+
+def test_a_branch_begins_where_the_fewest_went_on_then_where_the_gap_is_widest():
+    top = {**mild(), RATE: RATES.high}
+    trials = [
+        seen(1, None, {**mild(), RATE: 1.0}, position=9.0),
+        seen(2, 1, top, position=5.0),
+        seen(3, 2, top, position=4.9),
+        seen(4, 2, top, position=4.8),
+        seen(5, 2, top, position=3.0),
+    ]
+    assert following(trials, SPACE, 1, 0, 6).parent == 5  # the end of the front, no children
+    trials.append(seen(6, 5, top, running=True, state=False))
+    assert following(trials, SPACE, 1, 0, 7).parent == 4  # between 4.9 and 3.0
+
+
+def test_only_members_with_a_state_are_gone_on_from():
+    trials = [seen(1, None, {**mild(), RATE: 1.0}, state=False), seen(2, None, {**mild(), RATE: 2.0}, running=True)]
+    assert following(trials, SPACE, 1, 0, 3).parent is None
+
+
+def mild():
+    return {k.name: k.at(0.5) for k in SPACE.knobs}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 60), st.data())
+def test_whatever_happens_parameters_are_in_range_and_follow_from_the_trials(seed, chains, count, data):
+    fates = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    trials = simulate(count, chains, lambda t: fates[t.number - 1], seed)
+    for trial in trials:
+        SPACE.plan(trial.params, 1.0)  # raises where a value is out of range
+        assert trial.parent is None or trial.parent < trial.number
+    assert trials == simulate(count, chains, lambda t: fates[t.number - 1], seed)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"rate": 1.0}, {"rate": [0.1, 1.0]}])
+def test_a_space_without_a_range_of_prices_is_refused(recipe):
+    space = load_space({"version": 1, "layers": [{"bits": 4}], "recipe": recipe}, SPECS)
+    with pytest.raises(SpaceError, match=r"recipe.rate is .*, allowed with sampler 'continuation'"):
+        check_continuable(space)
+
+
+def plan(a, b, rate=0.0):
+    return Plan({"a": LayerPlan(*a), "b": LayerPlan(*b)}, Recipe(rate=rate))
+
+
+def test_the_ancestor_is_the_nearest_milder_plan():
+    members = {
+        1: plan((None, 8, 0.0), (None, 8, 0.0)),
+        2: plan((None, 5, 0.5), (None, 8, 0.0)),
+        3: plan((None, 3, 0.5), (None, 8, 0.0)),
+        4: plan((10, 5, 0.5), (None, 8, 0.0)),
+    }
+    assert ancestor(plan((None, 4, 1.0), (None, 8, 0.0)), members, SPECS) == 2
+    assert ancestor(plan((8, 4, 1.0), (None, 8, 0.0)), members, SPECS) == 4
+    assert ancestor(plan((None, 8, 0.0), (None, 4, 0.0)), members, SPECS) == 1
+    assert ancestor(plan((None, 8, 0.0), (None, 16, 0.0)), members, SPECS) is None  # back is no way
+
+
+def test_the_ancestor_pays_no_more_than_the_plan():
+    members = {n: plan((None, 5, 0.0), (None, 5, 0.0), rate) for n, rate in ((1, 0.5), (2, 1.0), (3, 4.0))}
+    assert ancestor(plan((None, 5, 0.0), (None, 5, 0.0), 2.0), members, SPECS) == 2
+
+
+def searched(tmp_path, trials, **more):
+    return api.search(
+        f"{write_task(tmp_path)}:task", trials=trials, dir=tmp_path / "runs", seed=1, finetune_epochs=2.0, **more
+    )
+
+
+def states(tmp_path, study):
+    return {int(p.stem[6:]) for p in (tmp_path / "runs" / "studies" / study / "states").glob("*.safetensors")}
+
+
+def test_a_search_by_continuation_keeps_the_fronts_states_and_names_parents(tmp_path, local, one_thread):  # noqa: F811
+    record = searched(tmp_path, 12, sampler="continuation", workers=2).record
+    parents = {t.number: t.parent for t in record.trials}
+    assert parents[0] is parents[1] is parents[2] is None
+    assert sum(p is not None for p in parents.values()) >= 8
+    front = {t.number for t in record.front}
+    assert states(tmp_path, record.study) == front - {0}
+    assert len(front) > 3
+    for trial in record.trials[1:]:
+        assert len(trial.measurements) == 1
+        assert trial.best == trial.measurements[-1]
+
+
+def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread):  # noqa: F811
+    whole = searched(tmp_path, 9, sampler="continuation", workers=2, name="whole").record
+    searched(tmp_path, 5, sampler="continuation", workers=2, name="parts")
+    parts = api.resume("parts", trials=9, dir=tmp_path / "runs").record
+    assert [(t.plan, t.parent, t.seed, t.best.size_bytes) for t in parts.trials] == [
+        (t.plan, t.parent, t.seed, t.best.size_bytes) for t in whole.trials
+    ]
+
+
+def test_any_sampler_can_hand_states_on(tmp_path, local, one_thread):  # noqa: F811
+    record = searched(tmp_path, 24, inherit=True).record
+    plans = {t.number: t.plan for t in record.trials}
+    heirs = [t for t in record.trials if t.parent is not None]
+    assert heirs
+    for heir in heirs:
+        assert ancestor(heir.plan, {heir.parent: plans[heir.parent]}, record.layers) == heir.parent
+    assert all(t.parent is None for t in searched(tmp_path, 12).record.trials)
+
+
+def test_a_lost_state_is_told(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
+    from autocompress.errors import RecordError
+    from autocompress.search.continuation import Step
+    from autocompress.search import study
+
+    searched(tmp_path, 4, sampler="continuation", workers=1, name="lost")
+    parent = next(t for t in api.open_study("lost", dir=tmp_path / "runs").record.front if t.number).number
+    middle = {**{k.name: k.at(0.5) for k in SPACE.knobs}}
+    monkeypatch.setattr(study, "following", lambda *_: Step(middle, 999))
+    with pytest.raises(RecordError, match="the state of trial 999 cannot be read"):
+        api.resume("lost", trials=5, dir=tmp_path / "runs")
+    assert parent
