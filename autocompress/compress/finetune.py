@@ -120,11 +120,13 @@ def _objective(
 
 def _optimiser(model: Compressed, rate: float) -> torch.optim.Optimizer:
     trained = [code.trained() for code in model.codes.values()]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [*(t for quick, _ in trained for t in quick), *model.others()], "lr": rate},
         {"params": [t for _, slow in trained for t in slow], "lr": rate / 10},
     ]
-    return torch.optim.Adam([g for g in groups if g["params"]])
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    fused = all(t.is_floating_point() and t.device.type in ("cpu", "cuda") for t in tensors)
+    return torch.optim.Adam([g for g in groups if g["params"]], fused=fused)
 
 
 def _rate(step: int, total: int) -> float:

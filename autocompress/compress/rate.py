@@ -30,8 +30,10 @@ from autocompress.compress import quantize
 
 REFRESH = 20
 """Steps between two counts of the model."""
-SILENT = 100
-"""Steps in which a row or a column gets no gradient at all, after which it is cleared."""
+HELD = 4
+"""Steps for which slopes are kept: weights move by some hundredths of a level in them."""
+SILENT = 200
+"""Steps after which a row or a column that got no gradient in any `HELD`-th of them is cleared."""
 BIAS_BITS = 8
 RAMP = 0.3
 """The share of the finetuning in which the price rises from the one before."""
@@ -79,16 +81,22 @@ class RatedCode:
         self.odds, self.rises = model_of(self.levels(), self.top)
 
     @torch.no_grad()
-    def charge(self, price: float) -> None:
-        """Add the gradients of price x R to those of the loss, and note where the loss had any."""
+    def charge(self, price: float, anew: bool = True) -> None:
+        """Add the gradients of price x R to those of the loss: at the present weights, or as they were at last.
+
+        Anew it is also noted where the loss had gradients.
+        """
         if self.weights.grad is None or self.log_step.grad is None:
             return
-        torch.logical_or(self._heard, self.weights.grad, out=self._heard)
-        step = self.step
-        u = self.weights / step
-        slope = slopes(u, self.odds, self.rises).mul_(price)
-        self.log_step.grad -= torch.dot(slope.flatten(), u.flatten())
-        self.weights.grad += slope.div_(step)
+        if anew:
+            torch.logical_or(self._heard, self.weights.grad, out=self._heard)
+            step = self.step
+            u = self.weights / step
+            slope = slopes(u, self.odds, self.rises)
+            self._pulls = slope.div(step), torch.dot(slope.flatten(), u.flatten())
+        on_weights, on_step = self._pulls
+        self.weights.grad.add_(on_weights, alpha=price)
+        self.log_step.grad.sub_(on_step, alpha=price)
 
     @torch.no_grad()
     def clear_silent(self) -> None:
@@ -138,7 +146,7 @@ class Charge:
         share = min(1.0, step / (RAMP * self.total))
         rate = self.before + share * (self.rate - self.before)
         for code in self.codes:
-            code.charge(scale * rate / self.elements)
+            code.charge(scale * rate / self.elements, anew=step % HELD == 0)
 
 
 def model_of(levels: Tensor, top: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -163,8 +171,10 @@ def slopes(u: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tensor:
     """dR/du, of u's shape; R is linear between levels."""
     flat = u.flatten(1) if u.dim() > 1 else u.unsqueeze(0)
     size = flat.abs()
-    slope = rises[size.clamp(max=len(rises) - 1).int()]
-    slope -= torch.where(size < 1, odds[0] + odds[1], 0.0)
+    slope = (rises[0] - odds[0]) - odds[1]  # between -1 and 1, where most are
+    far = (size >= 1).flatten().nonzero().squeeze(1)
+    steps = size.flatten()[far].clamp_(max=len(rises) - 1).int()
+    slope.view(-1)[far] = rises[steps]
     return slope.mul_(flat.sign()).view_as(u)
 
 
