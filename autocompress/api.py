@@ -182,7 +182,7 @@ def _search(
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
-    from autocompress.search.continuation import CONTINUATION, check_continuable
+    from autocompress.search.continuation import CONTINUATION, check_continuable, is_continuable
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder
     from autocompress.search.space_file import load_space
@@ -202,6 +202,7 @@ def _search(
     found = load_space(CONTINUATION if space is None and along else space, bench.layers)
     if along:
         check_continuable(found)
+    priced = is_continuable(found)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -215,13 +216,14 @@ def _search(
         fingerprint={**fingerprint(task), "space": found.fingerprint()},
         epochs=bench.default_epochs if epochs is None else epochs,
         rungs=RUNGS[-1:] if along else RUNGS,
-        steps=0 if along else preflight.uniform_steps(trials),
+        steps=0 if along or priced else preflight.uniform_steps(trials),
         command=command,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         versions=versions(),
         origin=origin,
         effort=effort,
-        inherit=inherit or along,
+        inherit=inherit or priced,
+        sweep=preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0,
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)

@@ -10,6 +10,7 @@ from typing import Any
 
 from autocompress.compress.finetune import finetune
 from autocompress.plan import LayerSpec, Recipe, check
+from autocompress.search.continuation import STEPS
 from autocompress.search.space import Space, ladder
 from autocompress.tasks.batches import evaluate
 from autocompress.trial import Workbench
@@ -115,6 +116,11 @@ def preflight(
 def uniform_steps(trials: int) -> int:
     """How many uniform plans a search of so many trials begins with, after trial 0."""
     return max(1, min(10, trials // 3)) if trials > 1 else 0
+
+
+def sweep_trials(trials: int, workers: int) -> int:
+    """How many trials by continuation a search of so many trials begins with, after trial 0: at most two thirds."""
+    return min(2 * (trials - 1) // 3, workers * STEPS) if trials > 1 else 0
 
 
 def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple[float, float]:

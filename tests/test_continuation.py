@@ -114,7 +114,7 @@ def plan(a, b, rate=0.0):
     return Plan({"a": LayerPlan(*a), "b": LayerPlan(*b)}, Recipe(rate=rate))
 
 
-def test_the_ancestor_is_the_nearest_milder_plan():
+def test_the_ancestor_is_the_nearest_plan_of_no_lower_ranks():
     members = {
         1: plan((None, 8, 0.0), (None, 8, 0.0)),
         2: plan((None, 5, 0.5), (None, 8, 0.0)),
@@ -124,7 +124,8 @@ def test_the_ancestor_is_the_nearest_milder_plan():
     assert ancestor(plan((None, 4, 1.0), (None, 8, 0.0)), members, SPECS) == 2
     assert ancestor(plan((8, 4, 1.0), (None, 8, 0.0)), members, SPECS) == 4
     assert ancestor(plan((None, 8, 0.0), (None, 4, 0.0)), members, SPECS) == 1
-    assert ancestor(plan((None, 8, 0.0), (None, 16, 0.0)), members, SPECS) is None  # back is no way
+    assert ancestor(plan((12, 5, 0.5), (None, 8, 0.0)), members, SPECS) == 2  # no rank comes back
+    assert ancestor(plan((None, 3, 0.2), (None, 8, 0.0)), members, SPECS) == 3  # a threshold may
 
 
 def test_the_ancestor_pays_no_more_than_the_plan():
@@ -149,7 +150,7 @@ def test_a_search_by_continuation_keeps_the_fronts_states_and_names_parents(tmp_
     assert sum(p is not None for p in parents.values()) >= 8
     front = {t.number for t in record.front}
     assert states(tmp_path, record.study) == front - {0}
-    assert len(front) > 3
+    assert len(front) >= 2
     for trial in record.trials[1:]:
         assert len(trial.measurements) == 1
         assert trial.best == trial.measurements[-1]
@@ -167,7 +168,7 @@ def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread):  #
 def test_any_sampler_can_hand_states_on(tmp_path, local, one_thread):  # noqa: F811
     record = searched(tmp_path, 24, inherit=True).record
     plans = {t.number: t.plan for t in record.trials}
-    heirs = [t for t in record.trials if t.parent is not None]
+    heirs = [t for t in record.trials if t.parent is not None and t.origin == "sampler"]
     assert heirs
     for heir in heirs:
         assert ancestor(heir.plan, {heir.parent: plans[heir.parent]}, record.layers) == heir.parent

@@ -47,6 +47,12 @@ class Step:
     parent: int | None
 
 
+def is_continuable(space: Space) -> bool:
+    """Whether the space searches the rate on a logarithmic scale."""
+    found = space.recipe.get("rate")
+    return isinstance(found, Knob) and found.log
+
+
 def check_continuable(space: Space) -> None:
     """Raise SpaceError unless the space searches the rate on a logarithmic scale."""
     _rate_of(space)
@@ -80,8 +86,17 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
 
 
 def _beginning(space: Space, rate: Knob, chain: int, random: Random) -> dict[str, float]:
-    """Parameters of a new chain: the first in the middle of every knob, others anywhere; the rate at its low end."""
+    """Parameters of a new chain, the rate at its low end.
+
+    The first has the layers as mild as the space lets them and the recipe's knobs in the middle; others are up to
+    half as strong as it allows, and have the recipe's knobs anywhere.
+    """
+    strength = 0.0 if chain == 0 else random.random() / 2
     params = {k.name: k.at(0.5 if chain == 0 else random.random()) for k in space.knobs}
+    for layer in space.layers:
+        for setting, mild in ((layer.rank, 1.0), (layer.bits, 1.0), (layer.threshold, 0.0)):
+            if isinstance(setting, Knob):
+                params[setting.name] = setting.at(abs(mild - strength))
     return {**params, RATE: rate.low}
 
 

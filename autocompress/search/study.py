@@ -44,7 +44,7 @@ class Settings:
 
     `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
     `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`. `inherit`: whether trials go on
-    from the states of finished ones.
+    from the states of finished ones. `sweep`: trials by continuation after trial 0, before the sampler's.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
     """
 
@@ -67,6 +67,7 @@ class Settings:
     origin: Mapping[str, str] | None = None
     effort: str = "auto"
     inherit: bool = False
+    sweep: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -175,7 +176,7 @@ class StudyStore:
             return None
         if number == 0:
             found: _Found | None = self._baseline()
-        elif self.settings.sampler == CONTINUATION:
+        elif self.settings.sampler == CONTINUATION or number <= self.settings.sweep:
             found = self._continued(states)
         else:
             found = self._uniform() or self._sampled(states)
