@@ -166,13 +166,13 @@ def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread):  #
 
 
 def test_any_sampler_can_hand_states_on(tmp_path, local, one_thread):  # noqa: F811
-    record = searched(tmp_path, 24, inherit=True).record
+    record = searched(tmp_path, 20, space="mlp", inherit=True).record
     plans = {t.number: t.plan for t in record.trials}
     heirs = [t for t in record.trials if t.parent is not None and t.origin == "sampler"]
     assert heirs
     for heir in heirs:
         assert ancestor(heir.plan, {heir.parent: plans[heir.parent]}, record.layers) == heir.parent
-    assert all(t.parent is None for t in searched(tmp_path, 12).record.trials)
+    assert all(t.parent is None for t in searched(tmp_path, 12, space="mlp").record.trials)
 
 
 def test_a_lost_state_is_told(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
