@@ -199,7 +199,7 @@ def _search(
     check_task(task)
     bench = Workbench(task)
     along = sampler == CONTINUATION
-    found = load_space(CONTINUATION if space is None and along else space, bench.layers)
+    found = load_space(CONTINUATION if space is None and along else space, bench.layers, bench.rank_errors)
     if along:
         check_continuable(found)
     priced = is_continuable(found)

@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--workers", type=_whole, metavar="W", help="workers to estimate for")
     inspect.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning to estimate for")
     _data_option(inspect)
+    text = "Cut each layer to the smallest rank within a tolerance, without training."
+    add("prune-rank", _prune_rank, text, _prune_rank_options, _data_option)
     data = commands.add_parser("data", help="Get data sets.", description="Get data sets.")
     get = data.add_subparsers(required=True, metavar="get", parser_class=_Parser).add_parser("get", help="get one")
     get.add_argument("name", metavar="NAME", help="mnist or fashion-mnist")
@@ -123,6 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     _effort_option(export, None, "code an archive anew")
     export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
     return parser
+
+
+def _prune_rank_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("task", metavar="TASK", help="a task as for search")
+    known = "squared error over variance after the activation, such as 1%% or 0.01 (1%%)"
+    command.add_argument("--tolerance", default="1%", metavar="T", help=known)
+    known = "auto: the error after the activation where one is found; none: before it (auto)"
+    command.add_argument("--activation", default="auto", metavar="A", help=known)
+    known = "of 2-D convolutions: channel, spatial, tucker, or best, of least error at equal weights (channel)"
+    command.add_argument("--scheme", default="channel", metavar="S", help=known)
+    command.add_argument("-o", "--out", metavar="FILE", help="write the compressed model to FILE (.acz)")
+    command.add_argument("--plan", metavar="FILE", help="write the plan to FILE as JSON")
+    command.add_argument("--space", metavar="FILE", help="write a search space that holds these ranks to FILE (.yaml)")
+    command.add_argument("--json", action="store_true", help="print the ranks as JSON")
+    _effort_option(command, "auto", "coder of the file")
 
 
 def _study_argument(command: argparse.ArgumentParser) -> None:
@@ -408,6 +425,50 @@ def _inspect(options: argparse.Namespace) -> int:
     console.print(coverage_table(report))
     for line in preflight_lines("to come", report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _prune_rank(options: argparse.Namespace) -> int:
+    from autocompress import api, rank_pruning, report
+    from autocompress.origins import load_origin, origin_of
+
+    tolerance = rank_pruning.parse_tolerance(options.tolerance)
+    if options.activation not in ("auto", "none"):
+        raise UsageError(f"activation is {options.activation!r}, allowed: auto, none")
+    api.check_effort(options.effort)
+    for path in (options.out, options.plan, options.space):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"folder {str(Path(path).absolute().parent)!r} does not exist")
+    from autocompress.tasks.checking import check_task
+    from autocompress.trial import Workbench
+
+    task = load_origin(origin_of(options.task, options.data_dir))
+    check_task(task)
+    bench = Workbench(task)
+    found = rank_pruning.prune_ranks(
+        bench, tolerance, activation=options.activation == "auto", scheme=options.scheme, effort=options.effort
+    )
+    if options.out:
+        Path(options.out).write_bytes(found.artifact)
+    if options.plan:
+        Path(options.plan).write_text(json.dumps(found.plan.to_json(), indent=2) + "\n")
+    if options.space:
+        import yaml
+
+        space = rank_pruning.space_from(found, bench.layers)
+        Path(options.space).write_text(yaml.safe_dump(space, sort_keys=False))
+    if options.json:
+        print(json.dumps(found.to_json(), indent=2))
+        return 0
+    console = _console()
+    console.print(rank_pruning.rank_table(found))
+    size = f"{report.human_bytes(found.baseline_bytes)} -> {report.human_bytes(len(found.artifact))}"
+    print(f"metric on validation {found.metric[0]:.4f} -> {found.metric[1]:.4f}, {size} (32 bits, no finetuning)")
+    for what, path in (("file", options.out), ("plan", options.plan)):
+        if path:
+            print(f"{what}:   {path}")
+    if options.space:
+        print(f"go on:  autocompress search {shlex.quote(options.task)} --space {shlex.quote(options.space)}")
     return 0
 
 

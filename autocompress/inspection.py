@@ -132,7 +132,7 @@ def inspect_task(
     bench = Workbench(loaded)
     return preflight.preflight(
         bench,
-        load_space(space, bench.layers),
+        load_space(space, bench.layers, bench.rank_errors),
         trials=trials,
         workers=cluster.workers,
         threads=cluster.threads,

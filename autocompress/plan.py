@@ -12,7 +12,8 @@ from typing import Any
 
 from autocompress.errors import PlanError
 
-SCHEMES = ("channel", "spatial")
+SCHEMES = ("channel", "spatial", "tucker", "best")
+SVDS = ("plain", "activation", "relu")
 QUANTIZERS = ("codebook", "uniform")
 FLOAT_BITS = 32
 BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
@@ -54,19 +55,26 @@ class LayerSpec:
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """The factorisations that this layer allows; the first is the default."""
+        """The factorisations that this layer allows; the first is the default.
+
+        tucker needs a kernel of more than one weight and more than one input channel: else it is channel with
+        weights to spare.
+        """
         if not self.factorable:
             return ()
-        return SCHEMES if self.kind == "conv2d" else SCHEMES[:1]
+        if self.kind != "conv2d":
+            return SCHEMES[:1]
+        return tuple(s for s in SCHEMES if s != "tucker" or (self.shape[1] > 1 and math.prod(self.shape[2:]) > 1))
 
     def matrix(self, scheme: str = "channel") -> tuple[int, int]:
         """Rows and columns of the matrix whose rank the scheme limits.
 
         channel: out x (in * kernel). spatial (Jaderberg et al. 2014, arXiv 1405.3866):
-        (in * kernel height) x (out * kernel width).
+        (in * kernel height) x (out * kernel width). tucker and best count the ranks of channel, whose weights
+        they may spend otherwise.
         """
         out, *rest = self.shape
-        if scheme == "channel":
+        if scheme != "spatial":
             return out, math.prod(rest)
         inner, height, width = rest
         return inner * height, out * width
@@ -82,6 +90,15 @@ class LayerSpec:
         rows, columns = self.matrix(scheme)
         return max(0, (rows * columns - 1) // (rows + columns))
 
+    def weights(self, plan: LayerPlan) -> int:
+        """The number of weights under a plan; of tucker and best before their ranks are chosen, at most so many."""
+        if plan.rank is None:
+            return self.parameters
+        if plan.core is not None:
+            (out, inner, *kernel), (few, many) = self.shape, plan.core
+            return inner * few + few * many * math.prod(kernel) + many * out
+        return plan.rank * sum(self.matrix(plan.scheme))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -96,7 +113,10 @@ class LayerPlan:
     """What happens to one layer.
 
     `rank` None keeps the layer whole. `threshold` counts in standard deviations of the layer's
-    weights: what lies below is pruned. `bits` is one of `BIT_WIDTHS`.
+    weights: what lies below is pruned. `bits` is one of `BIT_WIDTHS`. `svd` is what the factors approximate: the
+    weight ("plain"), the layer's outputs ("activation"), or what the activation after the layer makes of them
+    ("relu", any elementwise activation; "activation" where none is known). `core` are the ranks of "tucker", inputs
+    first; None: those of least error that cost no more weights than the channel scheme at `rank`.
     """
 
     rank: int | None = None
@@ -104,9 +124,21 @@ class LayerPlan:
     threshold: float = 0.0
     scheme: str = "channel"
     quantizer: str = "codebook"
+    svd: str = "plain"
+    core: tuple[int, int] | None = None
+
+    @property
+    def factorisation(self) -> tuple[Any, ...]:
+        """What the factors' shapes and values go by; equal for all whole layers."""
+        return () if self.rank is None else (self.rank, self.scheme, self.core, self.svd)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerPlan:
+        data = dict(value)
+        return cls(**data | {"core": tuple(data["core"])} if data.get("core") else data)
 
 
 @dataclass(frozen=True)
@@ -142,7 +174,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        layers = {name: LayerPlan(**layer) for name, layer in value["layers"].items()}
+        layers = {name: LayerPlan.from_json(layer) for name, layer in value["layers"].items()}
         return cls(layers, Recipe(**value["recipe"]))
 
     def key(self) -> str:
@@ -205,6 +237,10 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
     if plan.quantizer not in QUANTIZERS:
         raise PlanError(f"{where}: quantizer is {plan.quantizer!r}, allowed: {', '.join(QUANTIZERS)}")
     _within(where, "threshold", plan.threshold, 0.0, math.inf)
+    if plan.svd not in SVDS:
+        raise PlanError(f"{where}: svd is {plan.svd!r}, allowed: {', '.join(SVDS)}")
+    if plan.core is not None:
+        _check_core(where, plan, spec)
     if plan.rank is None:
         return
     if not spec.factorable:
@@ -215,6 +251,18 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
     if not (isinstance(plan.rank, int) and 1 <= plan.rank <= highest):
         allowed = f"1 to {highest}, or full" if highest else "full only (two factors would be larger)"
         raise PlanError(f"{where}: rank is {plan.rank}, allowed: {allowed}")
+
+
+def _check_core(where: str, plan: LayerPlan, spec: LayerSpec) -> None:
+    if plan.rank is None or plan.scheme != "tucker" or "tucker" not in spec.schemes:
+        raise PlanError(f"{where}: core is {plan.core}, allowed: none without a rank and the scheme tucker")
+    out, inner = spec.shape[:2]
+    match plan.core:
+        case (int(few), int(many)) if 1 <= few <= inner and 1 <= many <= out:
+            if spec.weights(plan) >= spec.parameters:
+                raise PlanError(f"{where}: core is {plan.core}, allowed: ranks whose three factors are smaller")
+        case _:
+            raise PlanError(f"{where}: core is {plan.core}, allowed: 1 to {inner} and 1 to {out}")
 
 
 def _within(where: str, what: str, value: float, low: float, high: float) -> None:

@@ -136,7 +136,7 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = apply.compress(bench.model, bench.layers, plan, bench.svd)
+            model = apply.compress(bench.model, bench.layers, plan, bench.svd, factoriser=bench.factoriser)
             _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))
             share = 1.0 / bench.steps_per_epoch
             recipe = Recipe((_WARM + _TIMED) * share, plan.recipe.learning_rate, plan.recipe.distillation)

@@ -17,10 +17,13 @@ from torch import Tensor
 import autocompress
 from autocompress.codec import container
 from autocompress.compress import apply, artifact, lowrank
+from autocompress.compress.activations import Activation, find_activations
 from autocompress.compress.estimate import Estimator
+from autocompress.compress.factors import Factoriser
 from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.compress.lineage import State
+from autocompress.compress.responses import Inputs, gather
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, check
 from autocompress.tasks.batches import (
@@ -37,6 +40,8 @@ from autocompress.tasks.randomness import preserved
 from autocompress.tasks.task import Task
 
 DEFAULT_STEPS = 500
+_CALIBRATION = (256, 8192, 2e11)
+"""Least and most examples that factors are fitted to and checked on, and the multiply-accumulates to spend on them."""
 _GUIDE_BYTES = 512 * 1024 * 1024
 _ANY = 1 << 62
 
@@ -106,6 +111,35 @@ class Workbench:
         return self._svds[key]
 
     @cached_property
+    def factoriser(self) -> Factoriser:
+        """Factors of all schemes and criteria; the training data is looked at when they first need it."""
+        return Factoriser(self.model, self.svd, self._layer_inputs, self._activations)
+
+    def rank_errors(self, spec: LayerSpec, scheme: str, svd: str) -> tuple[tuple[int, float], ...]:
+        """Ranks of a layer and their errors after the activation, as `Factoriser.errors`."""
+        return self.factoriser.errors(spec, scheme, svd)
+
+    def _factorable(self) -> list[LayerSpec]:
+        return [spec for spec in self.layers if spec.factorable and spec.max_rank()]
+
+    def _layer_inputs(self) -> dict[str, Inputs]:
+        least, most, operations = _CALIBRATION
+        examples = max(least, min(most, int(operations / max(1, sum(spec.macs for spec in self.layers)))))
+        size = min(64, examples // 4)
+        passed: list[Any] = []
+        count = 0
+        for inputs, targets in batches(self.task.train, size, shuffle_seed=0, device=self.device):
+            passed.append(inputs)
+            count += size if not isinstance(targets, Tensor) or not targets.dim() else len(targets)
+            if count >= examples:
+                break
+        return gather(self.model, self._factorable(), passed, call_model)
+
+    def _activations(self) -> dict[str, Activation]:
+        inputs = self.example()
+        return find_activations(self.model, self._factorable(), lambda model: call_model(model, inputs))
+
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one pass over the training data."""
         count = num_batches(self.task.train, self.task.batch_size)
@@ -167,7 +201,7 @@ class Workbench:
 
     @cached_property
     def _estimator(self) -> Estimator:
-        return Estimator(self.model, self.layers, self.svd, autocompress.__version__)
+        return Estimator(self.model, self.layers, self.svd, autocompress.__version__, factoriser=self.factoriser)
 
     def estimate(self, plan: Plan) -> int:
         """About the bytes of the plan's file at rung 0 and effort "auto", without compressing the model.
@@ -219,16 +253,16 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     began = time.monotonic()
     recipe, specs = plan.recipe, bench.layers
-    model = apply.compress(bench.model, specs, plan, bench.svd, start)
+    model = apply.compress(bench.model, specs, plan, bench.svd, start, factoriser=bench.factoriser)
     epochs = recipe.epochs
     rungs = [share * epochs for share in budget.rungs] if epochs > 0 else [0.0]
     feed = bench.feed(seed, recipe.distillation > 0) if epochs > 0 else None
     reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
     for rung, epoch in enumerate(reached):
-        data = artifact.write(bench.task.model, plan, model.encode(), autocompress.__version__, effort)
+        data = artifact.write(bench.task.model, model.plan, model.encode(), autocompress.__version__, effort)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         metric = evaluate(bench.task, decoded, "val")
-        numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, plan), time.monotonic() - began)
+        numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, model.plan), time.monotonic() - began)
         yield Outcome(numbers, data, model.state)
 
 

@@ -177,8 +177,8 @@ def test_any_sampler_can_hand_states_on(tmp_path, local, one_thread):  # noqa: F
 
 def test_a_lost_state_is_told(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
     from autocompress.errors import RecordError
-    from autocompress.search.continuation import Step
     from autocompress.search import study
+    from autocompress.search.continuation import Step
 
     searched(tmp_path, 4, sampler="continuation", workers=1, name="lost")
     parent = next(t for t in api.open_study("lost", dir=tmp_path / "runs").record.front if t.number).number

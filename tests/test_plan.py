@@ -76,9 +76,9 @@ def test_max_rank_is_the_largest_with_fewer_weights(shape, scheme):
     assert spec.max_rank(scheme) < max(2, spec.full_rank(scheme))
 
 
-def test_only_plain_2d_convolutions_have_two_schemes():
+def test_only_plain_2d_convolutions_have_several_schemes():
     assert FC.schemes == ("channel",)
-    assert CONV.schemes == ("channel", "spatial")
+    assert CONV.schemes == ("channel", "spatial", "tucker", "best")
     assert CONV.matrix("channel") == (8, 36)
     assert CONV.matrix("spatial") == (12, 24)
     assert DEPTHWISE.schemes == ()
@@ -112,7 +112,7 @@ def test_every_rank_up_to_the_highest_is_allowed_and_none_above(spec, scheme):
         (FC, LayerPlan(threshold=math.nan), "threshold is nan"),
         (FC, LayerPlan(threshold=math.inf), "threshold is inf"),
         (FC, LayerPlan(rank=2, scheme="spatial"), "scheme is 'spatial', allowed: channel"),
-        (CONV, LayerPlan(rank=2, scheme="tucker"), "layer 'block.conv': scheme is 'tucker', allowed: channel, spatial"),
+        (CONV, LayerPlan(rank=2, scheme="cp"), "layer 'block.conv': scheme is 'cp', allowed: channel, spatial, tucker"),
         (DEPTHWISE, LayerPlan(rank=1), r"layer 'dw': rank is 1, allowed: full only \(grouped convolution\)"),
         (LayerSpec("t", "linear", (1, 5), 5), LayerPlan(rank=1), r"rank is 1, allowed: full only \(two factors"),
         (BARE, LayerPlan(bits=7.5), "layer 'model': bits is 7.5"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from autocompress.codec.tensors import Coded, Raw, grid_table
 from autocompress.compress import lowrank, prune, quantize
 from autocompress.compress.artifact import raw_tensor, unique_state
+from autocompress.compress.factors import Factoriser
 from autocompress.compress.lineage import State
 from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
@@ -176,16 +178,25 @@ class Compressed:
 
 
 def compress(
-    model: nn.Module, specs: Sequence[LayerSpec], plan: Plan, svds: SvdSource, start: State | None = None
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    plan: Plan,
+    svds: SvdSource,
+    start: State | None = None,
+    *,
+    factoriser: Factoriser | None = None,
 ) -> Compressed:
     """A compressed copy of the model; the model itself is not touched.
 
-    `svds(spec, scheme)` gives the SVD of the layer's original weight. With `start`, weights go on
-    from that state instead: factors of the same rank and scheme as they are, others by a new SVD;
-    tables and steps as they are where the layer's plan is the same, else fitted anew.
+    `svds(spec, scheme)` gives the SVD of the layer's original weight, `factoriser` all that a plan's `svd` and
+    `scheme` may ask for besides (without one, every svd is plain); the result's plan has schemes settled.
+    With `start`, weights go on from that state instead: factors of the same rank, scheme and svd as they are, others
+    made anew; tables and steps as they are where the layer's plan is the same, else fitted anew.
     Raises TrialFailed for weights that are not finite.
     """
     module = copy.deepcopy(model)
+    made = Factoriser(model, svds) if factoriser is None else factoriser
+    plan = replace(plan, layers={spec.name: made.settled(spec, plan.layers[spec.name]) for spec in specs})
     if start is not None:
         _take_over(module, specs, start)
     keys: dict[str, LayerSpec] = {}
@@ -195,8 +206,8 @@ def compress(
         if layer.rank is None:
             keys[f"{prefix}weight"] = spec
         else:
-            module = _factorise(module, spec, layer, svds, start)
-            keys |= {f"{prefix}0.weight": spec, f"{prefix}1.weight": spec}
+            module = _factorise(module, spec, layer, made, start)
+            keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
     codes: dict[str, Code | RatedCode] = {}
     for key, spec in keys.items():
@@ -257,7 +268,10 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
     layers hold. Their 24 bits would outweigh the codes of a small layer.
     """
     short = [name for name, layer in plan.layers.items() if layer.bits <= SHORT_BITS]
-    owners = {f"{name}.1" if plan.layers[name].rank is not None else name: ("bias",) for name in short}
+    owners = {
+        name if (layer := plan.layers[name]).rank is None else f"{name}.{lowrank.parts_of(layer.scheme) - 1}": ("bias",)
+        for name in short
+    }
     if len(short) == len(plan.layers):
         owners |= {name: _NORM_STATE for name, part in module.named_modules() if isinstance(part, _NORMS)}
     wanted = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
@@ -271,7 +285,7 @@ def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:
     if old == new and _is_rated(start.plan, old) == _is_rated(plan, new):
         return start.tensors
     whole = old.rank is None and new.rank is None
-    if whole or (old.rank, old.scheme) == (new.rank, new.scheme):
+    if whole or old.factorisation == new.factorisation:
         return {key: tensor for key, tensor in start.tensors.items() if key.endswith("#unit")}
     return {}
 
@@ -279,7 +293,8 @@ def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:
 def _take_over(module: nn.Module, specs: Sequence[LayerSpec], start: State) -> None:
     """Copy a state's tensors into a module that is not factorised yet."""
     factorised = [s for s in specs if start.plan.layers[s.name].rank is not None]
-    bias_of = {f"{s.name}.bias".lstrip("."): f"{s.name}.1.bias".lstrip(".") for s in factorised}
+    last = {s.name: lowrank.parts_of(start.plan.layers[s.name].scheme) - 1 for s in factorised}
+    bias_of = {f"{name}.bias".lstrip("."): f"{name}.{index}.bias".lstrip(".") for name, index in last.items()}
     whole = {f"{s.name}.weight".lstrip("."): _product(s, start) for s in factorised}
     with torch.no_grad():
         for key, tensor in unique_state(module).items():
@@ -289,27 +304,40 @@ def _take_over(module: nn.Module, specs: Sequence[LayerSpec], start: State) -> N
             tensor.copy_(source)
 
 
+def _held(spec: LayerSpec, start: State) -> list[Tensor]:
+    """A state's factors of a layer."""
+    count = lowrank.parts_of(start.plan.layers[spec.name].scheme)
+    return [start.tensors[f"{spec.name}.{i}.weight".lstrip(".")] for i in range(count)]
+
+
 def _product(spec: LayerSpec, start: State) -> Tensor:
-    """The whole weight that a state's two factors stand for."""
-    first, second = (start.tensors[f"{spec.name}.{i}.weight".lstrip(".")] for i in (0, 1))
-    return lowrank.product(first, second, spec.shape, start.plan.layers[spec.name].scheme)
+    """The whole weight that a state's factors stand for."""
+    return lowrank.multiplied(_held(spec, start), spec.shape, start.plan.layers[spec.name].scheme)
 
 
-def _factorise(module: nn.Module, spec: LayerSpec, plan: LayerPlan, svds: SvdSource, start: State | None) -> nn.Module:
-    """The module with two factors in the layer's place, weights set."""
-    assert plan.rank is not None
+def _factorise(
+    module: nn.Module, spec: LayerSpec, plan: LayerPlan, factoriser: Factoriser, start: State | None
+) -> nn.Module:
+    """The module with factors in the layer's place, weights set, and the mean of its outputs mended where it can be."""
     target = module.get_submodule(spec.name)
-    old = start.plan.layers[spec.name] if start is not None else None
-    if start is not None and old is not None and (old.rank, old.scheme) == (plan.rank, plan.scheme):
-        factors = tuple(start.tensors[f"{spec.name}.{i}.weight".lstrip(".")] for i in (0, 1))
+    weight: Tensor = target.weight  # type: ignore[assignment]
+    places = lowrank.factorised(target, plan)
+    shift: Tensor | None = None
+    if start is not None and start.plan.layers[spec.name].factorisation == plan.factorisation:
+        weights: Sequence[Tensor] = _held(spec, start)
     else:
-        parts = svds(spec, plan.scheme) if start is None else lowrank.svd(target.weight, plan.scheme)  # type: ignore[arg-type]
-        factors = lowrank.factor_weights(spec.shape, parts, plan.rank, plan.scheme)
-    pair = lowrank.factorised(target, plan)
+        made = factoriser.factors(spec, plan, None if start is None else weight.detach())
+        weights, shift = made.weights, made.shift
     with torch.no_grad():
-        for i, factor in enumerate(factors):
-            pair.get_parameter(f"{i}.weight").copy_(factor)
-    return lowrank.replace(module, spec.name, pair)
+        for place, factor in zip(places, weights, strict=True):
+            place.weight.copy_(factor)  # type: ignore[operator]
+        bias: Tensor | None = target.bias  # type: ignore[assignment]
+        if shift is not None and bias is not None:
+            bias += shift.to(bias)
+        elif shift is not None and (norm := factoriser.activation(spec).norm) is not None:
+            mean: Tensor = module.get_submodule(norm).running_mean  # type: ignore[assignment]
+            mean -= shift.to(mean)
+    return lowrank.replace(module, spec.name, places)
 
 
 def in_fast_layout(tensor: Tensor) -> Tensor:

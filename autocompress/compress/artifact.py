@@ -58,7 +58,11 @@ def write(
 
 def described_plan(plan: Plan, version: str) -> dict[str, Any]:
     """What a file's header says of its plan."""
-    ranks = {name: [layer.rank, layer.scheme] for name, layer in plan.layers.items() if layer.rank is not None}
+    ranks = {
+        name: [layer.rank if layer.core is None else list(layer.core), layer.scheme]
+        for name, layer in plan.layers.items()
+        if layer.rank is not None
+    }
     plans = {name: [layer.bits, round(layer.threshold, 6)] for name, layer in plan.layers.items()}
     return {"made_by": version, "ranks": ranks, "plan": plans}
 
@@ -185,9 +189,9 @@ def _skeleton(
             f"{source} holds the weights of a {header.get('class', 'model')!r} whose architecture is not a "
             "tree of standard layers: give it as load(path, model=YourModel())"
         )
-    ranks = {name: (_layer(module, name, source), *found) for name, found in _ranks(header, source).items()}
-    for name, (layer, rank, scheme) in ranks.items():
-        module = _factorise(module, layer, name, LayerPlan(rank=rank, scheme=scheme), source)
+    ranks = {name: (_layer(module, name, source), found) for name, found in _ranks(header, source).items()}
+    for name, (layer, plan) in ranks.items():
+        module = _factorise(module, layer, name, plan, source)
     _check_shapes(module, shapes, source)
     return module
 
@@ -250,12 +254,12 @@ def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[tuple[Tensor, str, Part]], m
 
 
 def _wholes(header: Mapping[str, Any], model: nn.Module | None, source: str) -> dict[str, runtimes.Whole]:
-    """The layers of the original architecture that are two factors in the file."""
+    """The layers of the original architecture that are factors in the file."""
     ranks = _ranks(header, source)
     if not ranks:
         return {}
     original = architecture.build(header["model"]) if model is None else model
-    return {name: runtimes.Whole(original.get_submodule(name), scheme) for name, (_, scheme) in ranks.items()}
+    return {name: runtimes.Whole(original.get_submodule(name), plan.scheme) for name, plan in ranks.items()}
 
 
 def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -271,15 +275,22 @@ def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], sour
             raise ArtifactError(f"{key!r} has shape {found}")
 
 
-def _ranks(header: Mapping[str, Any], source: str) -> dict[str, tuple[int, str]]:
+def _ranks(header: Mapping[str, Any], source: str) -> dict[str, LayerPlan]:
+    """Rank, scheme and core of the layers that are factors in the file."""
     ranks = header.get("ranks", {})
     if not isinstance(ranks, dict):
         raise ArtifactError(f"{source} is damaged: its ranks are no table")
     result = {}
+
+    def whole(*numbers: Any) -> bool:
+        return all(type(number) is int and number > 0 for number in numbers)
+
     for name, value in ranks.items():
         match value:
-            case [int(rank), "channel" | "spatial" as scheme] if type(rank) is int and rank > 0:
-                result[name] = (rank, scheme)
+            case [rank, "channel" | "spatial" as scheme] if whole(rank):
+                result[name] = LayerPlan(rank=rank, scheme=scheme)
+            case [[few, many], "tucker"] if whole(few, many):
+                result[name] = LayerPlan(rank=1, scheme="tucker", core=(few, many))
             case _:
                 raise ArtifactError(f"{source} is damaged: rank of {name!r} is {value!r}")
     return result
@@ -294,13 +305,21 @@ def _layer(module: nn.Module, name: str, source: str) -> nn.Module:
 
 def _factorise(module: nn.Module, target: nn.Module, name: str, plan: LayerPlan, source: str) -> nn.Module:
     standard = isinstance(target, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    if not standard or (plan.scheme == "spatial" and not isinstance(target, nn.Conv2d)):
-        raise ArtifactError(f"layer {name!r} is a {type(target).__name__} in the given model, {source} has two factors")
-    full = min(lowrank.as_matrix(target.weight, plan.scheme).shape)  # type: ignore[arg-type]
-    if plan.rank is not None and plan.rank > full:
-        raise ArtifactError(f"layer {name!r} has rank {plan.rank} in {source}, {full} is full in the given model")
+    if not standard or (plan.scheme != "channel" and not isinstance(target, nn.Conv2d)):
+        count = ("two", "three")[lowrank.parts_of(plan.scheme) - 2]
+        raise ArtifactError(
+            f"layer {name!r} is a {type(target).__name__} in the given model, {source} has {count} factors"
+        )
+    weight: Tensor = target.weight  # type: ignore[assignment]
+    if plan.core is not None:
+        pairs = list(zip(plan.core, (weight.shape[1], weight.shape[0]), strict=True))
+    else:
+        pairs = [(plan.rank or 1, min(lowrank.as_matrix(weight, plan.scheme).shape))]
+    for rank, full in pairs:
+        if rank > full:
+            raise ArtifactError(f"layer {name!r} has rank {rank} in {source}, {full} is full in the given model")
     try:
         factors = lowrank.factorised(target, plan)
     except Exception as error:  # whatever a constructor says of a layer's settings from a damaged file
-        raise ArtifactError(f"{source}: layer {name!r} cannot have two factors ({error})") from error
+        raise ArtifactError(f"{source}: layer {name!r} cannot have factors ({error})") from error
     return lowrank.replace(module, name, factors)

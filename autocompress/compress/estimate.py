@@ -25,6 +25,7 @@ from autocompress.codec import container, header, leb128, mixed_stream, rans, ta
 from autocompress.codec.jit import Int, Int64s, Words, kernel
 from autocompress.codec.tensors import Coded
 from autocompress.compress import apply, artifact, lowrank, quantize
+from autocompress.compress.factors import Factoriser
 from autocompress.errors import TrialFailed
 from autocompress.plan import LayerPlan, LayerSpec, Plan, check
 
@@ -62,16 +63,19 @@ class Estimator:
         svds: apply.SvdSource,
         version: str,
         effort: str = container.AUTO,
+        *,
+        factoriser: Factoriser | None = None,
     ) -> None:
         if effort == header.HUFFMAN:
             raise ValueError(f"effort is {effort!r}, allowed: what has been measured, auto, fast or max")
-        self._model, self._specs, self._svds, self._version, self._effort = model, tuple(specs), svds, version, effort
+        self._model, self._specs, self._version, self._effort = model, tuple(specs), version, effort
+        self._factoriser = Factoriser(model, svds) if factoriser is None else factoriser
         self._head = artifact.described_model(model)
         self._state = artifact.unique_state(model)
         first = {id(tensor): key for key, tensor in self._state.items()}
         self._layer_of = {first[id(model.get_submodule(spec.name).weight)]: spec for spec in specs}
         self._bias_of = {f"{spec.name}.bias".lstrip("."): spec for spec in specs}
-        self._pieces: dict[tuple[str, str, int], _Whole | _Factor] = {}
+        self._pieces: dict[tuple[Any, ...], _Whole | _Factor] = {}
         self._plain: dict[tuple[str, bool, str], int] = {}
         self._logs: dict[tuple[Any, ...], float] = {}
 
@@ -81,6 +85,8 @@ class Estimator:
         Raises PlanError for a plan that the layers cannot carry out, and TrialFailed for weights that are not finite.
         """
         check(plan, self._specs)
+        settled = {spec.name: self._factoriser.settled(spec, plan.layers[spec.name]) for spec in self._specs}
+        plan = replace(plan, layers=settled)
         effort = container.settled(self._effort, sum(self._elements(plan)))
         rows, lengths = [], []
         for row, length in self._tensors(plan, effort):
@@ -93,10 +99,7 @@ class Estimator:
         for key, tensor in self._state.items():
             spec = self._layer_of.get(key)
             layer = LayerPlan() if spec is None else plan.layers[spec.name]
-            if spec is None or layer.rank is None:
-                yield tensor.numel()
-            else:
-                yield layer.rank * sum(spec.matrix(layer.scheme))
+            yield tensor.numel() if spec is None else spec.weights(layer)
 
     def _tensors(self, plan: Plan, effort: str) -> Iterator[tuple[header.Row, int]]:
         """Row and bytes of each tensor, in file order."""
@@ -107,14 +110,15 @@ class Estimator:
             if spec is None:
                 owner = self._bias_of.get(key)
                 factorised = owner is not None and plan.layers[owner.name].rank is not None
-                name = f"{key.removesuffix('bias')}1.bias" if factorised else key
+                last = lowrank.parts_of(plan.layers[owner.name].scheme) - 1 if owner is not None else 0
+                name = f"{key.removesuffix('bias')}{last}.bias" if factorised else key
                 kind, dtype = "raw", "bfloat16" if key in short else _name(tensor)
                 yield (name, kind, dtype, tuple(tensor.shape)), self._plain_bytes(key, key in short, effort)
                 continue
             layer = plan.layers[spec.name]
-            indices = (-1,) if layer.rank is None else (0, 1)
+            indices = (-1,) if layer.rank is None else range(lowrank.parts_of(layer.scheme))
             for index in indices:
-                piece = self._piece(spec, layer.scheme, index)
+                piece = self._piece(spec, layer, index)
                 name = key if index < 0 else f"{key.removesuffix('weight')}{index}.weight"
                 yield (name, *_told(layer, tensor), piece.shape(layer.rank)), self._coded_bytes(piece, layer, effort)
 
@@ -127,17 +131,29 @@ class Estimator:
             self._plain[at] = container.stream_bytes(raw, effort)
         return self._plain[at]
 
-    def _piece(self, spec: LayerSpec, scheme: str, index: int) -> _Whole | _Factor:
-        """The whole weight for the index -1, else a factor."""
-        at = (spec.name, scheme if index >= 0 else "", index)
+    def _piece(self, spec: LayerSpec, layer: LayerPlan, index: int) -> _Whole | _Factor:
+        """The whole weight for the index -1, else a factor: one of Tucker-2 as it is, since its ranks are not nested.
+
+        Factors fitted to what comes after the activation are taken to cost what those fitted to the outputs do.
+        """
+        svd = "activation" if layer.svd == "relu" else layer.svd
+        if index < 0:
+            at: tuple[Any, ...] = (spec.name, "", index)
+        elif layer.scheme == "tucker":
+            at = (spec.name, layer.scheme, index, svd, layer.core)
+        else:
+            at = (spec.name, layer.scheme, index, svd)
         if at not in self._pieces:
             weight: Tensor = self._model.get_submodule(spec.name).weight.detach()  # type: ignore[operator]
             if not torch.isfinite(weight).all():
                 raise TrialFailed(f"layer {spec.label!r} holds weights that are not finite")
             if index < 0:
                 self._pieces[at] = _Whole(at, weight)
+            elif layer.scheme == "tucker":
+                factors = self._factoriser.factors(spec, replace(layer, svd=svd)).weights
+                self._pieces[at] = _Whole(at, factors[index].to(weight.dtype))
             else:
-                self._pieces[at] = _Factor(at, spec, self._svds(spec, scheme), weight.dtype)
+                self._pieces[at] = _Factor(at, spec, self._factoriser.nested(spec, layer.scheme, svd), weight.dtype)
         return self._pieces[at]
 
     def _coded_bytes(self, piece: _Whole | _Factor, layer: LayerPlan, effort: str) -> int:
@@ -266,7 +282,7 @@ class _Whole:
 
     reference: int | None = None
 
-    def __init__(self, at: tuple[str, str, int], weight: Tensor) -> None:
+    def __init__(self, at: tuple[Any, ...], weight: Tensor) -> None:
         self.at, self._weight = at, weight
 
     def shape(self, rank: int | None) -> tuple[int, ...]:
@@ -306,7 +322,7 @@ class _Whole:
 class _Factor:
     """One of a layer's two factors, at any rank: its weights at the highest one in order, and the rank of each."""
 
-    def __init__(self, at: tuple[str, str, int], spec: LayerSpec, parts: lowrank.Svd, dtype: torch.dtype) -> None:
+    def __init__(self, at: tuple[Any, ...], spec: LayerSpec, parts: lowrank.Svd, dtype: torch.dtype) -> None:
         self.at, self._spec, self._parts, self._dtype = at, spec, parts, dtype
         highest = spec.max_rank(at[1])
         halves = [highest]

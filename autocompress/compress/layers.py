@@ -89,9 +89,7 @@ def macs_of(specs: Iterable[LayerSpec], plan: Plan) -> int:
     """
     total = 0
     for spec in specs:
-        rank = plan.layers[spec.name].rank
-        share = 1.0 if rank is None else rank * sum(spec.matrix(plan.layers[spec.name].scheme)) / spec.parameters
-        total += round(spec.macs * share)
+        total += round(spec.macs * (spec.weights(plan.layers[spec.name]) / spec.parameters))
     return total
 
 

@@ -1,4 +1,4 @@
-"""Truncated SVD of a layer into two layers.
+"""Truncated SVD of a layer into two layers, and the three of Tucker-2.
 
 Notation: W the weight, out x in (x kernel); r the rank. Each scheme sees W as a matrix M
 (`LayerSpec.matrix`), M ~ U S V^T cut to r terms (Eckart & Young 1936), sqrt(S) to each side.
@@ -6,10 +6,13 @@ Notation: W the weight, out x in (x kernel); r the rank. Each scheme sees W as a
 channel: M is out x (in * kernel). First layer: r outputs, the layer's own kernel; second: 1x1.
 spatial: M is (in * height) x (out * width) (Jaderberg et al. 2014, arXiv 1405.3866). First layer:
     a column kernel (height x 1), second: a row kernel (1 x width).
+tucker: out and in alone are cut, to b and a (Kim et al. 2016, arXiv 1511.06530, section 3.1). 1x1 to a channels,
+    the layer's own kernel from a to b, 1x1 to the outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,27 +60,43 @@ def product(first: Tensor, second: Tensor, shape: tuple[int, ...], scheme: str) 
     return torch.einsum("rih,orw->oihw", first.squeeze(-1), second.squeeze(2))
 
 
-def factorised(module: nn.Module, plan: LayerPlan) -> nn.Sequential:
-    """Two standard layers, of the module's device, dtype and settings, that take its place; weights are zero.
+def multiplied(factors: Sequence[Tensor], shape: tuple[int, ...], scheme: str) -> Tensor:
+    """The weight that the factors of any scheme stand for, of the shape given."""
+    if scheme != "tucker":
+        first, second = factors
+        return product(first, second, shape, scheme)
+    first, core, last = factors
+    return torch.einsum("ai,bahw,ob->oihw", first.flatten(1), core, last.flatten(1))
 
-    The second one holds the module's own bias parameter. No random numbers are drawn.
+
+def parts_of(scheme: str) -> int:
+    """How many factors a scheme has; the last one adds the bias."""
+    return 3 if scheme == "tucker" else 2
+
+
+def factorised(module: nn.Module, plan: LayerPlan) -> nn.Sequential:
+    """Standard layers, of the module's device, dtype and settings, that take its place; weights are zero.
+
+    The last one holds the module's own bias parameter. No random numbers are drawn. A plan of the scheme tucker
+    needs its core.
     """
     assert plan.rank is not None
     weight: Tensor = module.weight  # type: ignore[assignment]
     common: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     has_bias = module.bias is not None
-    first: nn.Module
-    second: nn.Module
+    factors: list[nn.Module]
     if isinstance(module, nn.Linear):
-        first = _bare(nn.Linear, module.in_features, plan.rank, bias=False, **common)
-        second = _bare(nn.Linear, plan.rank, module.out_features, bias=has_bias, **common)
+        factors = [
+            _bare(nn.Linear, module.in_features, plan.rank, bias=False, **common),
+            _bare(nn.Linear, plan.rank, module.out_features, bias=has_bias, **common),
+        ]
     else:
-        first, second = _convolutions(module, plan.rank, plan.scheme, common)
+        factors = _convolutions(module, plan, common)
     if has_bias:
-        second.bias = module.bias
-    pair = nn.Sequential(first, second)
-    pair.train(module.training)
-    return pair
+        factors[-1].bias = module.bias
+    made = nn.Sequential(*factors)
+    made.train(module.training)
+    return made
 
 
 def _bare(kind: type[nn.Module], *args: Any, **settings: Any) -> nn.Module:
@@ -88,13 +107,12 @@ def _bare(kind: type[nn.Module], *args: Any, **settings: Any) -> nn.Module:
     return module
 
 
-def _convolutions(module: nn.Module, rank: int, scheme: str, common: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+def _convolutions(module: nn.Module, plan: LayerPlan, common: dict[str, Any]) -> list[nn.Module]:
+    assert plan.rank is not None
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     conv = _CONVS[module.weight.dim()]
     has_bias = module.bias is not None
     axes = range(len(module.kernel_size))
-    first_axes = axes if scheme == "channel" else (0,)
-    last_axes = () if scheme == "channel" else (1,)
 
     def build(inputs: int, outputs: int, own: Any, bias: bool) -> nn.Module:
         def pick(values: Any, otherwise: int) -> tuple[int, ...]:
@@ -114,10 +132,16 @@ def _convolutions(module: nn.Module, rank: int, scheme: str, common: dict[str, A
             **common,
         )
 
-    return (
-        build(module.in_channels, rank, first_axes, False),
-        build(rank, module.out_channels, last_axes, has_bias),
-    )
+    inputs, outputs, rank = module.in_channels, module.out_channels, plan.rank
+    match plan.scheme:
+        case "tucker":
+            assert plan.core is not None
+            few, many = plan.core
+            return [build(inputs, few, (), False), build(few, many, axes, False), build(many, outputs, (), has_bias)]
+        case "spatial":
+            return [build(inputs, rank, (0,), False), build(rank, outputs, (1,), has_bias)]
+        case _:
+            return [build(inputs, rank, axes, False), build(rank, outputs, (), has_bias)]
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> nn.Module:

@@ -47,7 +47,7 @@ _MOST_IMAGES = 4
 
 @dataclass(frozen=True)
 class Whole:
-    """What a pair of factors stands for: the original layer (its values do not matter) and the pair's scheme."""
+    """What factors stand for: the original layer (its values do not matter) and the factors' scheme."""
 
     layer: nn.Module
     scheme: str
@@ -286,11 +286,11 @@ def _trials(name: str, layer: nn.Module, batch: int, found: Mapping[str, Tensor]
 
 
 def _multiplied(pair: nn.Module, whole: Whole) -> nn.Module:
-    """The plain layer that two factors stand for; the product is summed in float64."""
-    first, second = map(_weight, pair.children())
+    """The plain layer that factors stand for; the product is summed in float64."""
+    factors = [_weight(factor) for factor in pair.children()]
     shape = tuple(_weight(whole.layer).shape)
-    product = lowrank.product(first.double(), second.double(), shape, whole.scheme)
-    return _with_weight(whole, product.to(first.dtype).contiguous(), _bias(pair))
+    product = lowrank.multiplied([factor.double() for factor in factors], shape, whole.scheme)
+    return _with_weight(whole, product.to(factors[0].dtype).contiguous(), _bias(pair))
 
 
 def _with_weight(whole: Whole, weight: Tensor, bias: nn.Parameter | None) -> nn.Module:
@@ -307,8 +307,8 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _bias(pair: nn.Module) -> nn.Parameter | None:
-    """The bias of two factors, which the second one adds."""
-    bias: nn.Parameter | None = list(pair.children())[1].bias  # type: ignore[assignment]
+    """The bias of factors, which the last one adds."""
+    bias: nn.Parameter | None = list(pair.children())[-1].bias  # type: ignore[assignment]
     return bias
 
 

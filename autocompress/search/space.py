@@ -65,7 +65,8 @@ class LayerSettings:
     """How one layer may be compressed: each number fixed, or a knob.
 
     `rank` None is the whole layer. In a group the knobs are shared by its members, and the rank
-    knob counts per cent of each member's full rank.
+    knob counts per cent of each member's full rank. A rank knob of floats is a tolerance: it means the smallest rank
+    of `errors`, pairs of a rank and its error, ranks rising, that is within it.
     """
 
     spec: LayerSpec
@@ -75,6 +76,8 @@ class LayerSettings:
     scheme: str
     quantizer: str
     group: str | None = None
+    svd: str = "plain"
+    errors: tuple[tuple[int, float], ...] = ()
 
     @property
     def owner(self) -> str:
@@ -87,13 +90,15 @@ class LayerSettings:
 
     def rank_of(self, value: float) -> int | None:
         """The rank that a value of the rank knob means; None where two factors would be larger than the layer."""
+        if isinstance(self.rank, Knob) and self.rank.kind == "float":
+            return rank_within(value, self.errors)
         rank = int(value) if self.group is None else fraction_of_rank(value / 100, self.spec, self.scheme)
         return rank if rank <= self.spec.max_rank(self.scheme) else None
 
     def plan(self, params: Mapping[str, float]) -> LayerPlan:
         rank = self.rank_of(params[self.rank.name]) if isinstance(self.rank, Knob) else self.rank
         bits, threshold = int(_value(self.bits, params)), float(_value(self.threshold, params))
-        return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer)
+        return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer, svd=self.svd)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ class Space:
     def fingerprint(self) -> str:
         """16 hex digits that change with any knob or fixed value, and with nothing else."""
         layers = [asdict(layer) | {"spec": layer.spec.label} for layer in self.layers]
+        layers = [{k: v for k, v in la.items() if k != "errors" and (k, v) != ("svd", "plain")} for la in layers]
         recipe = {name: asdict(s) if isinstance(s, Knob) else s for name, s in self.recipe.items()}
         text = json.dumps([layers, recipe], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -176,8 +182,10 @@ class Space:
         """The layers whose rank the knob sets; none for another kind of knob."""
         return tuple(layer for layer in self.layers if layer.rank == knob)
 
-    def wholest(self, knob: Knob) -> int:
-        """The lowest value of a rank knob that leaves all its layers whole; its high end if none does."""
+    def wholest(self, knob: Knob) -> float:
+        """The value of a rank knob next to the others that leaves all its layers whole; its mild end if none does."""
+        if knob.kind == "float":
+            return knob.low
         layers, values = self.sharing(knob), range(int(knob.low), int(knob.high))
 
         def whole(value: int) -> bool:
@@ -194,14 +202,17 @@ class Space:
 
     def _rank_value(self, knob: Knob, wanted: Mapping[str, LayerPlan]) -> float:
         sharing = self.sharing(knob)
-        if sharing[0].group is None:
+        if knob.kind == "int" and sharing[0].group is None:
             rank = wanted[sharing[0].spec.name].rank
             return knob.high if rank is None else knob.clip(rank)
 
-        def distance(value: int) -> float:
+        def distance(value: float) -> float:
             pairs = [(la.rank_of(value), wanted[la.spec.name].rank, la.spec.full_rank(la.scheme)) for la in sharing]
             return sum(abs((got or full) - (want or full)) / full for got, want, full in pairs)
 
+        if knob.kind == "float":
+            errors = (knob.clip(error) for layer in sharing for _, error in layer.errors)
+            return min(sorted({knob.low, knob.high, *errors}), key=distance)
         return min(range(int(knob.high), int(knob.low) - 1, -1), key=distance)
 
 
@@ -238,12 +249,20 @@ def _uniform(space: Space, firmness: Mapping[str, float], strength: float) -> di
         if isinstance(layer.rank, Knob):
             knob, top = layer.rank, space.wholest(layer.rank)
             alone = len(layer.knobs) == 1
-            params[knob.name] = knob.clip(top - push * (top - knob.low)) if alone else knob.high
+            if knob.kind == "float":
+                params[knob.name] = knob.at(push) if alone else knob.low
+            else:
+                params[knob.name] = knob.clip(top - push * (top - knob.low)) if alone else knob.high
     return params
 
 
 def _value(setting: Setting, params: Mapping[str, float]) -> float:
     return params[setting.name] if isinstance(setting, Knob) else setting
+
+
+def rank_within(tolerance: float, errors: Sequence[tuple[int, float]]) -> int | None:
+    """The smallest rank whose error is within the tolerance; None, the whole layer, where none is."""
+    return next((rank for rank, error in errors if error <= tolerance), None)
 
 
 def fraction_of_rank(fraction: float, spec: LayerSpec, scheme: str) -> int:

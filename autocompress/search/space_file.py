@@ -12,7 +12,7 @@ import yaml
 from autocompress.errors import SpaceError
 from autocompress.plan import LayerSpec
 from autocompress.search.space import Space
-from autocompress.search.space_rules import TOP_KEYS, At, build, meant, shown
+from autocompress.search.space_rules import TOP_KEYS, At, Errors, build, meant, shown
 
 MAX_FILE_BYTES = 1_000_000
 
@@ -28,11 +28,14 @@ def available() -> dict[str, str]:
     return {path.stem: _read_file(path).get("description", "") for path in sorted(space_folder().glob("*.yaml"))}
 
 
-def load_space(source: str | Path | Mapping[str, Any] | None, specs: Sequence[LayerSpec]) -> Space:
+def load_space(
+    source: str | Path | Mapping[str, Any] | None, specs: Sequence[LayerSpec], errors: Errors | None = None
+) -> Space:
     """The search space for a model's layers.
 
     `source` is a YAML file, the name of a built-in space, a mapping of the same form, or None for
-    the built-in `default`, whose rules go by each layer's kind and size and so fit any model.
+    the built-in `default`, whose rules go by each layer's kind and size and so fit any model. `errors`
+    (`Workbench.rank_errors`) is what ranks by tolerance are looked up in.
     Raises SpaceError, in one line naming file, key, value and what is allowed.
     """
     if isinstance(source, Mapping):
@@ -44,7 +47,7 @@ def load_space(source: str | Path | Mapping[str, Any] | None, specs: Sequence[La
             file = f"built-in space {name!r}"
     if not specs:
         raise SpaceError(f"{file}: the model has no layer to compress")
-    return build(name, At(file), read, specs)
+    return build(name, At(file), read, specs, errors)
 
 
 def _find(source: str | Path) -> Path:

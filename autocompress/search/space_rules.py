@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 from autocompress.errors import SpaceError
-from autocompress.plan import BIT_WIDTHS, FLOAT_BITS, QUANTIZERS, SCHEMES, LayerSpec
+from autocompress.plan import BIT_WIDTHS, FLOAT_BITS, QUANTIZERS, SCHEMES, SVDS, LayerSpec
 from autocompress.search.space import (
     Knob,
     LayerSettings,
@@ -24,6 +24,7 @@ from autocompress.search.space import (
     fraction_of_rank,
     listed,
     position,
+    rank_within,
     shares,
     size_class,
 )
@@ -33,6 +34,8 @@ KINDS = ("linear", "conv", "conv1d", "conv2d", "conv3d")
 POSITIONS = ("first", "middle", "last")
 SIZES = ("small", "large")
 FULL = "full"
+Errors = Callable[[LayerSpec, str, str], Sequence[tuple[int, float]]]
+"""Ranks of a layer, rising, and their errors, by scheme and svd."""
 WIDEST_CODE = 8
 """The widest bit-width that a range may reach; 16 and 32 are formats, not points of a scale."""
 
@@ -60,9 +63,11 @@ class _Range:
     low: Any
     high: Any
     log: bool = False
+    tolerance: bool = False
 
     def shown(self) -> str:
         ends = f"{self.low}" if self.low == self.high else f"[{self.low}, {self.high}]"
+        ends = f"tolerance {ends}" if self.tolerance else ends
         return f"{ends} (log)" if self.log else ends
 
 
@@ -132,6 +137,18 @@ def _range(at: At, value: Any, end: _End) -> _Range:
     return _Range(low, high, log)
 
 
+def _ranks(at: At, value: Any) -> _Range:
+    """A range of ranks, or {tolerance, log}: the errors within which the smallest rank is taken."""
+    if not (isinstance(value, Mapping) and "tolerance" in value):
+        return _range(at, value, _rank_end)
+    _check_keys(at, value, ("tolerance", "log"))
+    ends = _range(at / "tolerance", value["tolerance"], partial(_number, high=1.0, above=True))
+    log = value.get("log", ends.log)
+    if not isinstance(log, bool):
+        raise (at / "log").error(log, "true or false")
+    return replace(ends, log=log, tolerance=True)
+
+
 def _order(end: Any) -> float:
     return math.inf if end == FULL else float(end)
 
@@ -164,12 +181,13 @@ def _group(at: At, value: Any) -> str | None:
 
 
 _OPTIONS: dict[str, Callable[[At, Any], Any]] = {
-    "rank": partial(_range, end=_rank_end),
+    "rank": _ranks,
     "bits": _bits,
     "threshold": partial(_range, end=_number),
     "group": _group,
     "quantizer": partial(_choice, allowed=QUANTIZERS),
     "scheme": partial(_choice, allowed=SCHEMES),
+    "svd": partial(_choice, allowed=SVDS),
 }
 _UNTOUCHED: dict[str, Any] = {
     "rank": _Range(FULL, FULL),
@@ -178,6 +196,7 @@ _UNTOUCHED: dict[str, Any] = {
     "group": None,
     "quantizer": QUANTIZERS[0],
     "scheme": SCHEMES[0],
+    "svd": SVDS[0],
 }
 _FILTERS = {"kind": KINDS, "position": POSITIONS, "size": SIZES}
 _RECIPE: dict[str, _End] = {
@@ -194,7 +213,9 @@ _RECIPE_DEFAULTS = {
 TOP_KEYS = ("version", "description", "layers", "recipe")
 
 
-def build(name: str, at: At, read: Mapping[str, Any], specs: Sequence[LayerSpec]) -> Space:
+def build(
+    name: str, at: At, read: Mapping[str, Any], specs: Sequence[LayerSpec], errors: Errors | None = None
+) -> Space:
     _check_keys(at, read, TOP_KEYS)
     if type(read.get("version")) is not int or read["version"] != VERSION:
         text = shown(read["version"]) if "version" in read else "missing"
@@ -205,7 +226,7 @@ def build(name: str, at: At, read: Mapping[str, Any], specs: Sequence[LayerSpec]
     if not isinstance(entries, (list, tuple)) or not entries:
         raise (at / "layers").error(entries, "a list of one or more rules")
     rules = [_rule(at / "layers" / index, entry, specs) for index, entry in enumerate(entries)]
-    layers = _settings(at, specs, _settle(rules, specs))
+    layers = _settings(at, specs, _settle(rules, specs), errors)
     return Space(name, json.loads(json.dumps(dict(read))), layers, _recipe(at / "recipe", read.get("recipe", {})))
 
 
@@ -262,7 +283,9 @@ def _settle(rules: Sequence[_Rule], specs: Sequence[LayerSpec]) -> list[_Settled
     return settled
 
 
-def _settings(at: At, specs: Sequence[LayerSpec], settled: Sequence[_Settled]) -> tuple[LayerSettings, ...]:
+def _settings(
+    at: At, specs: Sequence[LayerSpec], settled: Sequence[_Settled], errors: Errors | None
+) -> tuple[LayerSettings, ...]:
     labels = {spec.label for spec in specs}
     leaders: dict[str, tuple[LayerSpec, _Settled]] = {}
     layers = []
@@ -272,7 +295,7 @@ def _settings(at: At, specs: Sequence[LayerSpec], settled: Sequence[_Settled]) -
             if group in labels:
                 raise (rule.at / "group").error(group, "a name that no layer has")
             _check_alike(at, group, leaders.setdefault(group, (spec, mine)), (spec, mine))
-        layers.append(_layer_settings(spec, mine))
+        layers.append(_layer_settings(spec, mine, errors))
     return tuple(_without_idle_rank(layer, layers) for layer in layers)
 
 
@@ -286,19 +309,22 @@ def _check_alike(at: At, group: str, one: tuple[LayerSpec, _Settled], other: tup
             )
 
 
-def _layer_settings(spec: LayerSpec, mine: _Settled) -> LayerSettings:
+def _layer_settings(spec: LayerSpec, mine: _Settled, errors: Errors | None) -> LayerSettings:
     group = mine["group"][0]
     owner = group or spec.label
     scheme = _scheme(spec, mine)
     bits, threshold = mine["bits"][0], mine["threshold"][0]
+    by_rank = _errors(spec, scheme, mine, errors)
     return LayerSettings(
         spec=spec,
-        rank=_rank(spec, scheme, mine, group),
+        rank=_rank(spec, scheme, mine, group, by_rank),
         bits=_setting(f"{owner}.bits", bits, "int"),
         threshold=_setting(f"{owner}.threshold", threshold, "float"),
         scheme=scheme,
         quantizer=mine["quantizer"][0],
         group=group,
+        svd=mine["svd"][0],
+        errors=by_rank,
     )
 
 
@@ -317,12 +343,30 @@ def _scheme(spec: LayerSpec, mine: _Settled) -> str:
     return SCHEMES[0]
 
 
-def _rank(spec: LayerSpec, scheme: str, mine: _Settled, group: str | None) -> Knob | int | None:
+def _errors(spec: LayerSpec, scheme: str, mine: _Settled, errors: Errors | None) -> tuple[tuple[int, float], ...]:
+    """Ranks and their errors, where the rank goes by a tolerance and the layer has any."""
+    ends, rule = mine["rank"]
+    if rule is None or not ends.tolerance or not spec.max_rank(scheme):
+        return ()
+    if errors is None:
+        raise (rule.at / "rank").error(f"tolerance {ends.low}", "ranks or fractions, where there is no task to measure")
+    return tuple(errors(spec, scheme, mine["svd"][0]))
+
+
+def _rank(
+    spec: LayerSpec, scheme: str, mine: _Settled, group: str | None, errors: Sequence[tuple[int, float]]
+) -> Knob | int | None:
     ends, rule = mine["rank"]
     highest, full = spec.max_rank(scheme), spec.full_rank(scheme)
     if rule is None or ends.low == FULL:
         return None
     here = rule.at / "rank"
+    if ends.tolerance:
+        if highest == 0 and rule.literal(spec):
+            raise here.error("a tolerance", f"{FULL} for layer {spec.label!r} ({spec.whole_because or 'too thin'})")
+        if highest == 0 or ends.low == ends.high:
+            return rank_within(ends.low, errors)
+        return Knob(f"{group or spec.label}.rank", ends.low, ends.high, "float", ends.log)
     text = ends.low if ends.low == ends.high else [ends.low, ends.high]
     if group is not None and int in (type(ends.low), type(ends.high)):
         raise here.error(text, f"fractions in group {group!r}, so that they fit each member")
@@ -353,7 +397,7 @@ def _without_idle_rank(layer: LayerSettings, layers: Iterable[LayerSettings]) ->
     """The layer without its rank knob where even the knob's low end leaves all who share it whole."""
     if not isinstance(layer.rank, Knob):
         return layer
-    low = layer.rank.low
+    low = layer.rank.low if layer.rank.kind == "int" else layer.rank.high
     if any(other.rank_of(low) for other in layers if other.rank == layer.rank):
         return layer
     return replace(layer, rank=None)

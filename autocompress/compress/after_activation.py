@@ -1,0 +1,131 @@
+"""Factors of least error after the activation: E |f(W x + b) - f(L R p + c)|^2, f elementwise, p features of x.
+
+Errors where a ReLU is off cost nothing, so that a lower rank reaches the same error (Zhang et al. 2015,
+arXiv 1411.4229, section 3, who alternate with auxiliary variables and a penalty). Here a step moves the outputs z
+against the gradient of the true error, t = z - g / curvature, and the next z is the best fit of rank r to t, which is
+a reduced-rank regression in closed form: a projected gradient with Nesterov's momentum, started anew when the error
+rises. The gradient's slope is the steeper one of f at z and at the target: where z is off and should not be, f is
+flat, and nothing would bring it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autocompress.compress.reduced_rank import leading, root_of
+
+STEPS = 40
+_PATIENCE = 8
+"""Steps without an error lower by a thousandth after which nothing more is expected."""
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """L (out, rank), R (rank, k) and c (out,), in float64; `error` is the mean squared one on rows held out."""
+
+    left: Tensor
+    right: Tensor
+    shift: Tensor
+    error: float
+
+
+def fitted(
+    features: Tensor,
+    outputs: Tensor,
+    function: Function,
+    *,
+    rank: int | None,
+    shift: Tensor | None = None,
+    steps: int = STEPS,
+) -> Fit:
+    """The fit to outputs (n, out), which go into the function, by features (n, k).
+
+    Without a rank L is the only factor and R the identity. A `shift` (out,) given is kept, else it is fitted. The
+    last fifth of the rows, which no step is fitted to, chooses between the steps.
+    """
+    middle = fitted_rows(len(features))
+    features, others = features[:middle], features[middle:]
+    goal = function(outputs[middle:])
+    outputs = outputs[:middle]
+    solve = _Regression(features, rank, shift)
+    wanted, slope = function(outputs), _slope(function, outputs)
+    best = solve(outputs)
+    z = solve.predicted(best)
+    lowest = _error(function(predicted(best, others)), goal)
+    at, momentum, idle, last = z, 1.0, 0, _error(function(z), wanted)
+    for _ in range(steps):
+        got, own = function(at), _slope(function, at)
+        steeper = torch.where(own.abs() >= slope.abs(), own, slope)
+        found = solve(at - (got - wanted) * steeper)
+        z, before = solve.predicted(found), z
+        error, checked = _error(function(z), wanted), _error(function(predicted(found, others)), goal)
+        idle = 0 if checked < lowest * 0.999 else idle + 1
+        if checked < lowest:
+            best, lowest = found, checked
+        if error > last:
+            momentum = 1.0
+        grown = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        at, momentum, last = z + (momentum - 1) / grown * (z - before), grown, error
+        if idle >= _PATIENCE:
+            break
+    return Fit(*best, lowest)
+
+
+def predicted(fit: tuple[Tensor, Tensor, Tensor], features: Tensor) -> Tensor:
+    """The outputs (n, out) that L, R and c give."""
+    left, right, shift = (part.to(features) for part in fit)
+    return features @ right.T @ left.T + shift
+
+
+def fitted_rows(count: int) -> int:
+    """How many of so many rows steps are fitted to; the others choose."""
+    return max(1, 4 * count // 5)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The mean squared difference of rows (n, out) over the variance of those wanted: 1 is as bad as their mean."""
+    spread = float((wanted - wanted.mean(dim=0)).double().square().mean())
+    lost = _error(got, wanted)
+    return lost / spread if spread > 0 else float(lost > 0)
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).double().square().mean())
+
+
+def _slope(function: Function, at: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = at.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(function(x).sum(), x)
+    return slope
+
+
+class _Regression:
+    """Reduced-rank regressions of many targets on the same features."""
+
+    def __init__(self, features: Tensor, rank: int | None, shift: Tensor | None) -> None:
+        self.rank, self.shift = rank, shift
+        self.mean = features.mean(dim=0) if shift is None else torch.zeros_like(features[0])
+        self.given, self.features = features, features - self.mean
+        self.root = root_of(self.features.T @ self.features / len(features))
+
+    def __call__(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        centre = targets.mean(dim=0) if self.shift is None else self.shift.to(targets)
+        cross = (self.features.T @ (targets - centre) / len(targets)).double()
+        half = torch.linalg.solve_triangular(self.root, cross, upper=False)  # (k, out); its Gram is that of the fit
+        least = torch.linalg.solve_triangular(self.root.T, half, upper=True).T
+        if self.rank is None:
+            left, right = least, torch.eye(least.shape[1], dtype=least.dtype, device=least.device)
+        else:
+            left = leading(half.T @ half)[:, : self.rank]
+            right = left.T @ least
+        return left, right, centre.double() - left @ (right @ self.mean.double())
+
+    def predicted(self, fit: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return predicted(fit, self.given)
