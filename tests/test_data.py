@@ -216,7 +216,7 @@ def test_get_says_how_each_route_failed(tmp_path, publish):
 
 
 def test_get_refuses_an_unknown_name_and_a_folder_that_cannot_be_written(tmp_path):
-    with pytest.raises(UsageError, match="'imagenet', allowed: mnist, fashion-mnist"):
+    with pytest.raises(UsageError, match="'imagenet', allowed: mnist, fashion-mnist, cifar10"):
         data.get("imagenet", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
@@ -256,3 +256,61 @@ def test_a_failing_program_is_told_by_its_own_error_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(routes.RouteFailed, match="npm is not on this machine"):
         routes.Npm("gone@1.0.0")(tmp_path)
+
+
+def pictures(folder, counts, broken=""):
+    """What the package of CIFAR-10 holds, with `counts` images a picture: the pixels and labels put in."""
+    import json
+
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    pixels = [draw.integers(0, 256, (count, 32, 32, 3), np.uint8) for count in counts]
+    labels = [draw.integers(0, 10, count, np.uint8) for count in counts]
+    for name, part in zip([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"], pixels, strict=True):
+        if name != broken:
+            Image.fromarray(part.reshape(-1, 1024, 3)).save(folder / f"{name}.png")
+    (folder / "train_lables.json").write_text(json.dumps(np.concatenate(labels[:5]).tolist()))
+    (folder / "test_lables.json").write_text("[" if broken == "labels" else json.dumps(labels[5].tolist()))
+    return np.concatenate(pixels[:5]), np.concatenate(labels[:5]), pixels[5], labels[5]
+
+
+@dataclass(frozen=True)
+class FromFolder:
+    """A route that copies a folder."""
+
+    folder: Path
+
+    def __call__(self, folder):
+        import shutil
+
+        shutil.copytree(self.folder, folder / "package")
+
+
+def test_pictures_of_cifar10_become_idx_files(tmp_path, monkeypatch):
+    from autocompress.tasks.cifar import CifarFromPngs
+
+    put_in = pictures(tmp_path / "p", (3, 1, 2, 2, 2, 4))
+    names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    hashes = {n: hashlib.sha256(idx_bytes(a)).hexdigest() for n, a in zip(names, put_in, strict=True)}
+    route = CifarFromPngs(FromFolder(tmp_path / "p"))
+    monkeypatch.setitem(data.DATA_SETS, "cifar10", replace(data.DATA_SETS["cifar10"], sha256=hashes, routes=(route,)))
+    folder = data.get("cifar10", tmp_path / "root")
+    assert folder == tmp_path / "root" / "CIFAR10" / "raw"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    for read, given in zip(data.images("cifar10", tmp_path / "root"), put_in, strict=True):
+        assert np.array_equal(read, given)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("data_batch_3", "holds no data_batch_3.png"), ("labels", "pictures or labels cannot be read")],
+)
+def test_pictures_that_are_missing_or_broken_fail_the_route(tmp_path, broken, said):
+    from autocompress.tasks.cifar import CifarFromPngs
+
+    pictures(tmp_path / "p", (1,) * 6, broken)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(routes.RouteFailed, match=said):
+        CifarFromPngs(FromFolder(tmp_path / "p"))(tmp_path / "work")

@@ -18,7 +18,7 @@ from autocompress.plan import LayerSpec, Plan, check
 from autocompress.search.space import ladder
 from autocompress.search.space_file import available, load_space, space_folder
 
-SHIPPED = ["continuation", "conv", "default", "lowrank_only", "mlp", "prune_only", "quantize_only"]
+SHIPPED = ["continuation", "conv", "deep_compression", "default", "lowrank_only", "mlp", "prune_only", "quantize_only"]
 
 
 def linear(name, rows, columns, **more):

@@ -197,7 +197,10 @@ def test_a_users_mistake_is_one_line(tmp_path, case):
     [
         ("digit", "did you mean digits"),
         ("mnist-lenet", "mnist-lenet5"),
-        ("", "allowed: digits, mnist-lenet300, mnist-lenet5, fashion-lenet300, fashion-lenet5, module:function or "),
+        (
+            "",
+            "allowed: digits, mnist-lenet300, mnist-lenet5, fashion-lenet300, fashion-lenet5, cifar10-resnet8, module",
+        ),
         ("nowhere/none.py:task", "'nowhere/none.py' does not exist"),
         ("nowhere/none.py", "'nowhere/none.py' does not exist"),
         ("no_such_module_here:task", "'no_such_module_here' does not exist"),
@@ -216,7 +219,7 @@ def test_an_unknown_spec_is_one_line(spec, said, tmp_path, monkeypatch):
 
 
 def test_a_built_in_task_without_data_says_so_at_once(tmp_path):
-    for name in ("mnist-lenet300", "mnist-lenet5", "fashion-lenet300", "fashion-lenet5"):
+    for name in ("mnist-lenet300", "mnist-lenet5", "fashion-lenet300", "fashion-lenet5", "cifar10-resnet8"):
         with pytest.raises(DataMissing, match="autocompress data get"):
             load_task(name, data_dir=tmp_path)
 
@@ -621,12 +624,13 @@ def test_the_splits_hold_every_example_once():
 
 
 @pytest.mark.parametrize(
-    ("build", "size", "count"), [("digits_net", 8, 38_282), ("lenet300", 28, 266_610), ("lenet5", 28, 431_080)]
+    ("build", "size", "count"),
+    [("digits_net", 8, 38_282), ("lenet300", 28, 266_610), ("lenet5", 28, 431_080), ("resnet8", 32, 77_946)],
 )
 def test_the_nets_are_those_of_the_literature(build, size, count):
     net = getattr(nets, build)()
     assert sum(p.numel() for p in net.parameters()) == count
-    assert net(torch.zeros(2, 1, size, size)).shape == (2, 10)
+    assert net(torch.zeros(2, 3 if size == 32 else 1, size, size)).shape == (2, 10)
     assert type(net) is nn.Sequential
 
 
@@ -744,3 +748,28 @@ def test_an_error_of_this_package_passes_through_a_users_function(tmp_path):
     with pytest.raises(DataMissing, match=r"^no data$"):
         load_task(str(path))
     assert issubclass(DataMissing, AutocompressError)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6), (5, 4, 6, 3)])
+def test_pixels_are_scaled_channel_by_channel(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    channels = shape[3] if len(shape) == 4 else 1
+    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.25)[:channels]
+    scale = builtin._Scale(255.0, mean if channels > 1 else mean[0], std if channels > 1 else std[0])
+    images, labels = scale((pixels, np.arange(5, dtype=np.uint8)))
+    assert images.shape == (5, channels, 4, 6)
+    assert labels.dtype == torch.int64
+    for c in range(channels):
+        plain = pixels[..., c] if channels > 1 else pixels
+        np.testing.assert_allclose(images[:, c].numpy(), (plain / 255 - mean[c]) / std[c], rtol=1e-5, atol=1e-5)
+
+
+def test_the_weights_of_resnet8_come_with_the_package(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (30, 32, 32, 3), np.uint8), np.arange(30, dtype=np.uint8) % 10
+    monkeypatch.setattr(builtin.data_sets, "images", lambda name, folder: (images, labels, images[:9], labels[:9]))
+    task = load_task("cifar10-resnet8", data_dir=tmp_path)
+    check_task(task)
+    assert [len(part[0]) for part in (task.train, task.val, task.test)] == [27, 3, 9]
+    assert task.model[1].num_batches_tracked == 80 * 351  # trained for 80 epochs of 45,000 // 128 batches
+    assert not task.model.training

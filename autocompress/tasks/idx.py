@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import struct
 import zlib
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -46,6 +47,12 @@ def read(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
         held = f"{len(content)}" if len(content) < promised else "more"
         raise TaskError(f"{path} is damaged: its header promises {promised} bytes ({_by(found)}), it holds {held}")
     return np.frombuffer(content, np.uint8).reshape(found).copy()
+
+
+def write(file: IO[bytes], array: np.ndarray) -> None:
+    """Write a uint8 array as an IDX file."""
+    file.write(bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape))
+    file.write(array.tobytes())
 
 
 def content_sha256(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""The networks of the built-in tasks: untrained, plain `nn.Sequential` trees of standard layers.
+"""The networks of the built-in tasks: untrained, plain `nn.Sequential` trees of standard layers, one with residuals.
 
 Importing this module is fast; torch comes in when a network is built.
 
-All take float32 images, (N, 1, height, width), and give (N, 10) logits. `F` below is the number of
+All take float32 images, (N, channels, height, width), and give (N, 10) logits. `F` below is the number of
 float parameters.
 """
 
@@ -58,4 +58,26 @@ def lenet5() -> nn.Sequential:
         nn.Linear(800, 500),
         nn.ReLU(),
         nn.Linear(500, 10),
+    )
+
+
+def resnet8() -> nn.Sequential:
+    """The ResNet-8 of MLPerf Tiny (Banbury et al. 2021, arXiv 2106.07597) for 3 x 32 x 32 images; F = 77,946.
+
+    Three stages of 16, 32 and 64 channels, one residual block each.
+    """
+    from torch import nn
+
+    from autocompress.tasks.resnet import Residual
+
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Residual(16, 16),
+        Residual(16, 32, stride=2),
+        Residual(32, 64, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
