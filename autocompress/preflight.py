@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from autocompress.compress.finetune import finetune
-from autocompress.plan import LayerSpec, Recipe, check
+from autocompress.plan import LayerSpec, check
 from autocompress.search.continuation import STEPS
 from autocompress.search.space import Space, ladder
 from autocompress.tasks.batches import evaluate
@@ -139,7 +139,7 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
             model = apply.compress(bench.model, bench.layers, plan, bench.svd, factoriser=bench.factoriser)
             _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))
             share = 1.0 / bench.steps_per_epoch
-            recipe = Recipe((_WARM + _TIMED) * share, plan.recipe.learning_rate, plan.recipe.distillation)
+            recipe = replace(plan.recipe, epochs=(_WARM + _TIMED) * share)
             feed = bench.feed(0, recipe.distillation > 0)
             rungs = finetune(model, feed, bench.task.loss, recipe, [_WARM * share, recipe.epochs])
             next(rungs)

@@ -32,6 +32,15 @@ def brute_front(record: StudyRecord) -> set[int]:
     return {n for n, s, m in points if not any(s2 <= s and m2 >= m and (s2, m2) != (s, m) for _, s2, m2 in points)}
 
 
+def test_a_plan_under_a_rate_says_so():
+    from autocompress.plan import LayerPlan, LayerSpec, Plan, Recipe
+    from autocompress.record import StudyRecord
+
+    record = StudyRecord("s", "t", "m", "maximize", 0, 10, layers=(LayerSpec("a", "linear", (2, 3), 6),))
+    plan = Plan({"a": LayerPlan(bits=5)}, Recipe(rate=3.912))
+    assert report.plan_summary(record, plan) == "5.0 bits, rate 3.9"
+
+
 def test_csv_equals_json_and_both_hold_the_front(record: StudyRecord, files: dict[str, Path]) -> None:
     points = json.loads(files["front.json"].read_text())["front"]
     assert {point["trial"] for point in points} == brute_front(record)
