@@ -51,7 +51,8 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
     """A plan in a few words, its means weighted by the layers' parameters.
 
     "3.2 bits, rank 40 %, < 0.8 std": bits a weight, rank over full rank, and the pruning
-    threshold in standard deviations; the price of a bit where there is one. Empty where the record does not know the layers.
+    threshold in standard deviations; the price of a bit where there is one. Empty where the
+    record does not know the layers.
     """
     specs = {spec.name: spec for spec in record.layers}
     if not plan.layers or not plan.layers.keys() <= specs.keys():
