@@ -17,7 +17,7 @@ from autocompress.search.space import Knob, Space
 
 CONTINUATION = "continuation"
 RATE = "recipe.rate"
-USEFUL = 0.1
+USEFUL = {"maximize": 0.1, "minimize": 0.5}
 """How much worse than the baseline's, relatively, a metric may be for a chain to go on from there."""
 STEPS = 12
 """Trials of a chain from the lowest price to the highest."""

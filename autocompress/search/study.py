@@ -288,14 +288,15 @@ class StudyStore:
 
     def _continued(self, states: Collection[int]) -> _Found:
         """The next trial of a search by continuation; a plan may come again, from another state."""
-        record = self.record()
+        record, limit = self.record(), USEFUL[self.settings.direction]
+        front = {trial.number for trial in record.front}
         seen = [
             Seen(
                 number=t.number,
                 parent=t.parent,
                 params=self._params[t.number],
                 running=t.state == "running",
-                useful=t in record.front and record.relative_drop(t) <= USEFUL,
+                useful=t.number in front and record.relative_drop(t) <= limit,
                 open=t.number in states,
                 position=math.log(t.best.size_bytes) if t.best else 0.0,
             )
