@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from autocompress.compress.factors import Factoriser
 from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.compress.lineage import State
+from autocompress.compress.recalibrate import BATCHES, recalibrate
 from autocompress.compress.responses import Inputs, gather
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, check
@@ -182,6 +184,16 @@ class Workbench:
 
         return Feed(epoch, self.steps_per_epoch)
 
+    def recalibrate(self, model: apply.Compressed) -> None:
+        """Count batch normalisation's statistics anew, on the same training batches in every trial.
+
+        Augmentation is left out, since validation has none. The random state stays as it was.
+        """
+        task = self.task
+        with preserved(seed=0):
+            order = batches(task.train, task.batch_size, shuffle_seed=0, device=self.device)
+            recalibrate(model, (x for x, _ in islice(order, BATCHES)))
+
     @cached_property
     def _guides(self) -> Tensor | None:
         """The uncompressed model's outputs on a pair of tensors, once for all trials, if they fit in memory."""
@@ -259,6 +271,8 @@ def _outcomes(
     feed = bench.feed(seed, recipe.distillation > 0) if epochs > 0 else None
     reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
     for rung, epoch in enumerate(reached):
+        if model.codes:
+            bench.recalibrate(model)
         data = artifact.write(bench.task.model, model.plan, model.encode(), autocompress.__version__, effort)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         metric = evaluate(bench.task, decoded, "val")

@@ -75,9 +75,14 @@ def _train_mode(module: nn.Module) -> None:
     """Training mode, but for the parts that are frozen: their running statistics are to stay."""
     module.train()
     for part in module.modules():
-        own = list(part.parameters(recurse=False))
-        if own and part._buffers and not any(p.requires_grad for p in own):
+        if part._buffers and is_frozen(part):
             part.eval()
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Whether a module has parameters of its own, none of which is to be trained."""
+    own = list(part.parameters(recurse=False))
+    return bool(own) and not any(p.requires_grad for p in own)
 
 
 def distillation_loss(outputs: Tensor, guide: Tensor, targets: Any) -> Tensor:
