@@ -26,6 +26,7 @@ from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.compress.lineage import State
 from autocompress.compress.recalibrate import BATCHES, recalibrate
 from autocompress.compress.responses import Inputs, gather
+from autocompress.compress.structure import float_tensors, map_tensors
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, check
 from autocompress.tasks.batches import (
@@ -34,7 +35,7 @@ from autocompress.tasks.batches import (
     evaluate,
     first_batch,
     is_pair,
-    map_tensors,
+    join,
     num_batches,
     to_device,
 )
@@ -170,17 +171,18 @@ class Workbench:
                 inputs, targets = task.train
                 order = torch.arange(len(inputs))
                 for x, rows in batches((inputs, order), task.batch_size, shuffle_seed=shuffle, device="cpu"):
+                    chosen = map_tensors(guides, lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
                     yield (
                         to_device(x, self.device),
                         to_device(targets[rows], self.device),
-                        to_device(guides[rows], self.device),
+                        to_device(chosen, self.device),
                     )
                 return
             for given, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
                 x = given if task.augment is None else task.augment(given)
                 with torch.no_grad():
                     guide = call_model(self.model, x) if distil else None
-                yield x, y, guide if isinstance(guide, Tensor) else None
+                yield x, y, guide
 
         return Feed(epoch, self.steps_per_epoch)
 
@@ -195,8 +197,11 @@ class Workbench:
             recalibrate(model, (x for x, _ in islice(order, BATCHES)))
 
     @cached_property
-    def _guides(self) -> Tensor | None:
-        """The uncompressed model's outputs on a pair of tensors, once for all trials, if they fit in memory."""
+    def _guides(self) -> Any:
+        """The uncompressed model's outputs on a pair of tensors, once for all trials, if they fit in memory.
+
+        A tensor or a tuple of the outputs' float tensors; None where they are not kept.
+        """
         train = self.task.train
         if not is_pair(train):
             return None
@@ -204,12 +209,13 @@ class Workbench:
         with torch.no_grad():
             for x in torch.split(train[0], 512):
                 output = call_model(self.model, x.to(self.device))
-                if not isinstance(output, Tensor):
+                parts = tuple(float_tensors(output))
+                if not parts or any(len(part) != len(x) if part.dim() else True for part in parts):
                     return None
-                if output.numel() * output.element_size() / len(x) * len(train[0]) > _GUIDE_BYTES:
+                if sum(part.nbytes for part in parts) / len(x) * len(train[0]) > _GUIDE_BYTES:
                     return None
-                outputs.append(output.cpu())
-        return torch.cat(outputs)
+                outputs.append(to_device(output if isinstance(output, Tensor) else parts, "cpu"))
+        return join(outputs)
 
     @cached_property
     def _estimator(self) -> Estimator:

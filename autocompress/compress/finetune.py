@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autocompress.compress.apply import Compressed, call_with, in_fast_layout
 from autocompress.compress.rate import Charge, RatedCode
+from autocompress.compress.structure import float_tensors
 from autocompress.errors import TrialFailed
 from autocompress.plan import Recipe
 
@@ -101,6 +102,24 @@ def distillation_loss(outputs: Tensor, guide: Tensor, targets: Any) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(log_p, q, reduction="sum") / positions
 
 
+def _distance(outputs: Any, guide: Any, targets: Any) -> Tensor:
+    """The mean distillation loss over the float tensors in the outputs and in the uncompressed model's, in order.
+
+    The last ones of the longer list are left out: some models give more in training than in evaluation.
+    """
+    pairs = list(zip(float_tensors(outputs), float_tensors(guide), strict=False))
+    if not pairs:
+        raise TrialFailed(
+            f"distillation needs float tensors in the model's outputs, which are a {type(outputs).__name__}"
+        )
+    for index, (mine, other) in enumerate(pairs):
+        if mine.shape != other.shape:
+            shapes = f"{list(mine.shape)}, the uncompressed model's {list(other.shape)}"
+            raise TrialFailed(f"distillation: tensor {index} of the outputs has shape {shapes}")
+    distances = [distillation_loss(mine, other, targets) for mine, other in pairs]
+    return distances[0] if len(distances) == 1 else torch.stack(distances).mean()
+
+
 def _class_axis(outputs: Tensor, targets: Any) -> int | None:
     """The axis of class scores; None where the targets are no class numbers."""
     if not isinstance(targets, Tensor) or targets.is_floating_point() or outputs.dim() < 2:
@@ -119,7 +138,7 @@ def _objective(
 ) -> Tensor:
     if guide is None or distillation == 0:
         return loss(outputs, targets)
-    distance = distillation_loss(outputs, guide, targets)
+    distance = _distance(outputs, guide, targets)
     return distance if distillation == 1 else (1 - distillation) * loss(outputs, targets) + distillation * distance
 
 

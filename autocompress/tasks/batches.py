@@ -7,7 +7,7 @@ or a `DataLoader`. A batch is a pair (inputs, targets).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from autocompress.compress.structure import like, map_tensors
 from autocompress.errors import TaskError, TrialFailed
 from autocompress.tasks.task import Task
 from autocompress.tasks.wording import one_line, shortened
@@ -188,17 +189,6 @@ def to_device(value: Any, device: Device) -> Any:
     return map_tensors(value, lambda tensor: tensor.to(device))
 
 
-def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with `function` applied to each tensor in it, also inside tuples, lists and mappings."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return type(value)({key: map_tensors(item, function) for key, item in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, tuple | list):
-        return _like(value, [map_tensors(item, function) for item in value])
-    return value
-
-
 def join(parts: list[Any]) -> Any:
     """What a split gave batch by batch, joined along the first axis: tensors, or tuples or mappings of them.
 
@@ -215,7 +205,7 @@ def join(parts: list[Any]) -> Any:
     if isinstance(first, tuple | list):
         if any(len(part) != len(first) for part in parts):
             return [item for part in parts for item in part]  # such as lists of strings
-        return _like(first, [join(list(column)) for column in zip(*parts, strict=True)])
+        return like(first, [join(list(column)) for column in zip(*parts, strict=True)])
     return None if first is None else parts
 
 
@@ -257,11 +247,6 @@ def _as_batch(batch: Any) -> Batch:
         return batch[0], batch[1]
     length = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
     raise TaskError(f"a batch is a {type(batch).__name__}{length}, allowed: a pair (inputs, targets)")
-
-
-def _like(sequence: Any, items: list[Any]) -> Any:
-    """The items in a sequence of the same kind: named tuples keep their names."""
-    return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
 
 
 def _own_name(function: Any, default: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from autocompress.compress.structure import map_tensors
 from autocompress.errors import AutocompressError, TaskError
 from autocompress.tasks import randomness
 from autocompress.tasks.batches import (
@@ -20,7 +21,6 @@ from autocompress.tasks.batches import (
     first_batch,
     is_pair,
     loss_name,
-    map_tensors,
     model_device,
     to_device,
 )
