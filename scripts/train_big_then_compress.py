@@ -149,7 +149,7 @@ def report(family: Family, base: Mapping[float, float], table: Mapping[float, li
         min(family.widths, key=lambda w: np.nan_to_num(table[w][k], nan=np.inf)) for k in range(len(family.sizes))
     ]
     for width in family.widths:
-        cells = [f"[{e:.2f}]" if winners[k] == width else f"{e:.2f} " for k, e in enumerate(table[width])]
+        cells = [_cell(e, winners[k] == width) for k, e in enumerate(table[width])]
         lines.append(f"x{width:<6g} {base[width]:>12.2f}" + "".join(f"{cell:>11}" for cell in cells))
     small, large = min(base, key=lambda w: base[w]), [w for w in winners if w > 1]
     lines.append(
@@ -157,6 +157,13 @@ def report(family: Family, base: Mapping[float, float], table: Mapping[float, li
         f"(winners: {', '.join(f'x{w:g}' for w in winners)})"
     )
     return "\n".join(lines)
+
+
+def _cell(error: float, wins: bool) -> str:
+    """A size into which no file fits is a dash."""
+    if np.isnan(error):
+        return "- "
+    return f"[{error:.2f}]" if wins else f"{error:.2f} "
 
 
 def plot(path: Path, family: Family, table: Mapping[float, list[float]]) -> None:

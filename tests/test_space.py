@@ -193,7 +193,8 @@ def test_default_ranges_press_large_layers_and_spare_small_ones():
     assert (knobs["fc1.bits"].low, knobs["fc1.bits"].high) == (2, 5)
     assert knobs["fc3.threshold"].high < knobs["fc1.threshold"].high / 2
     assert "fc3.rank" not in knobs
-    assert (knobs["recipe.learning_rate"].low, knobs["recipe.learning_rate"].log) == (3e-4, True)
+    assert (knobs["recipe.learning_rate"].low, knobs["recipe.learning_rate"].log) == (1e-3, True)
+    assert (knobs["recipe.rate"].low, knobs["recipe.rate"].high, knobs["recipe.rate"].log) == (0.3, 12, True)
 
 
 def test_ladder_is_milder_at_the_ends_and_for_small_layers():
