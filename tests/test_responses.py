@@ -186,3 +186,14 @@ def test_the_relative_error_is_one_for_the_mean():
     assert after_activation.relative_error(rows, rows) == 0
     constant = torch.ones(4, 2)
     assert after_activation.relative_error(constant, constant) == 0
+
+
+def test_a_prior_makes_the_first_step_the_best_of_its_rank_whatever_the_rows():
+    weight, few = normal(5, 6, seed=1), normal(40, 6)
+    scales = torch.arange(1.0, 7).double() ** 2
+    prior = after_activation.Prior(weight.double(), scales.diag(), torch.zeros(6).double())
+    fit = after_activation.fitted(few, few @ weight.T + 2, torch.relu, rank=2, prior=prior, steps=0)
+    left, scale, right = reduced_rank.channel_svd(weight, scales.diag())
+    assert torch.allclose(fit.left @ fit.right, left[:, :2] * scale[:2] @ right[:2], atol=1e-3)
+    better = after_activation.fitted(few, few @ weight.T + 2, torch.relu, rank=2, prior=prior)
+    assert better.error <= fit.error

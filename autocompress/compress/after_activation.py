@@ -18,11 +18,21 @@ from torch import Tensor
 
 from autocompress.compress.reduced_rank import leading, root_of
 
-STEPS = 40
-_PATIENCE = 8
+STEPS = 20
+_PATIENCE = 5
 """Steps without an error lower by a thousandth after which nothing more is expected."""
 
 Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known of the features p without the rows: the outputs are `whole` (out, k) p, nearly or exactly, plus a
+    constant, `moments` (k, k) are those of p, about its `mean` (k,); float64, from as many inputs as there are."""
+
+    whole: Tensor
+    moments: Tensor
+    mean: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,18 +52,20 @@ def fitted(
     *,
     rank: int | None,
     shift: Tensor | None = None,
+    prior: Prior | None = None,
     steps: int = STEPS,
 ) -> Fit:
     """The fit to outputs (n, out), which go into the function, by features (n, k).
 
     Without a rank L is the only factor and R the identity. A `shift` (out,) given is kept, else it is fitted. The
-    last fifth of the rows, which no step is fitted to, chooses between the steps.
+    last fifth of the rows, which no step is fitted to, chooses between the steps. With a prior the first step is its
+    best fit of that rank, and rows are needed for what moves away from it alone.
     """
     middle = fitted_rows(len(features))
     features, others = features[:middle], features[middle:]
     goal = function(outputs[middle:])
     outputs = outputs[:middle]
-    solve = _Regression(features, rank, shift)
+    solve = _Regression(features, rank, shift, prior)
     wanted, slope = function(outputs), _slope(function, outputs)
     best = solve(outputs)
     z = solve.predicted(best)
@@ -109,16 +121,24 @@ def _slope(function: Function, at: Tensor) -> Tensor:
 class _Regression:
     """Reduced-rank regressions of many targets on the same features."""
 
-    def __init__(self, features: Tensor, rank: int | None, shift: Tensor | None) -> None:
-        self.rank, self.shift = rank, shift
-        self.mean = features.mean(dim=0) if shift is None else torch.zeros_like(features[0])
+    def __init__(self, features: Tensor, rank: int | None, shift: Tensor | None, prior: Prior | None) -> None:
+        self.rank, self.shift, self.whole = rank, shift, None if prior is None else prior.whole
+        if prior is not None:
+            self.mean = prior.mean.to(features)
+        else:
+            self.mean = features.mean(dim=0) if shift is None else torch.zeros_like(features[0])
         self.given, self.features = features, features - self.mean
-        self.root = root_of(self.features.T @ self.features / len(features))
+        self.root = root_of(self.features.T @ self.features / len(features) if prior is None else prior.moments)
+        self.known = None if self.whole is None else self.features @ self.whole.to(features).T
 
     def __call__(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        centre = targets.mean(dim=0) if self.shift is None else self.shift.to(targets)
-        cross = (self.features.T @ (targets - centre) / len(targets)).double()
+        moved = targets if self.known is None else targets - self.known
+        centre = moved.mean(dim=0) if self.shift is None else self.shift.to(targets)
+        moved = moved - centre
+        cross = (self.features.T @ moved / len(targets)).double()
         half = torch.linalg.solve_triangular(self.root, cross, upper=False)  # (k, out); its Gram is that of the fit
+        if self.whole is not None:
+            half = half + self.root.T @ self.whole.T
         least = torch.linalg.solve_triangular(self.root.T, half, upper=True).T
         if self.rank is None:
             left, right = least, torch.eye(least.shape[1], dtype=least.dtype, device=least.device)

@@ -178,6 +178,27 @@ class Factoriser:
         linear = "plain" if svd == "plain" else "activation"
         return self._once((spec.name, "errors", scheme, linear), make)  # type: ignore[no-any-return]
 
+    def _prior(
+        self, spec: LayerSpec, plan: LayerPlan, linear: tuple[Tensor, ...], *, weight: Tensor, maps: Tensor | None
+    ) -> after_activation.Prior | None:
+        """What the moments of the inputs tell of features by these maps, which are the weight or the first factor's."""
+        inputs = self._inputs(spec)
+        if inputs.gram is None:
+            return None
+        moments, matrix, scale = self._moments(spec), weight.flatten(1).double(), self.activation(spec).scale
+        mean = inputs.mean.double() if self.shifts(spec) else torch.zeros_like(inputs.mean, dtype=torch.float64)
+        if maps is None:
+            whole = matrix
+        elif plan.scheme == "channel":
+            whole = torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+            moments, mean = matrix @ moments @ matrix.T, matrix @ mean
+        else:
+            first = linear[0].flatten(1).double()
+            whole, _ = reduced_rank.refitted(matrix, moments, first)
+            moments = reduced_rank.mapped(reduced_rank.mapped(moments, first).T, first)
+            mean = reduced_rank.mapped(mean[None], first)[0]
+        return after_activation.Prior(whole if scale is None else scale.to(whole)[:, None] * whole, moments, mean)
+
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         if key not in self._kept:
             if len(self._kept) >= _KEPT:
@@ -294,7 +315,14 @@ class Factoriser:
             maps = linear[0].flatten(1).float()
             rank = None if plan.core is None else plan.core[1]
         features = rows if maps is None else raw if maps is matrix else reduced_rank.mapped(rows, maps)
-        fit = after_activation.fitted(features, follows.before(raw + bias), follows.function, rank=rank, shift=kept)
+        fit = after_activation.fitted(
+            features,
+            follows.before(raw + bias),
+            follows.function,
+            rank=rank,
+            shift=kept,
+            prior=self._prior(spec, plan, linear, weight=weight, maps=maps),
+        )
         start = after_activation.fitted_rows(len(rows))
         shift_of_linear = self._mended(spec, plan, linear, weight)
         other = lowrank.multiplied(linear, spec.shape, plan.scheme).flatten(1).float()
