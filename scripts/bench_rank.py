@@ -1,6 +1,7 @@
 """Low rank without finetuning: what the criteria of a factorisation buy, on real trained nets.
 
-    python scripts/bench_rank.py [NAME ...] [--folder FOLDER] [--tolerance 0.1 ...] [--only metric|ranks]
+    python scripts/bench_rank.py [NAME ...] [--folder FOLDER] [--tolerance 0.1 ...] [--schemes channel best]
+        [--only metric|ranks]
 
 NAME is a built-in task or a net of scripts/pretrained_nets.py (whose docstring says what FOLDER holds). Two tables:
 
@@ -53,10 +54,11 @@ def factorable(bench: Workbench) -> list[LayerSpec]:
     return [spec for spec in bench.layers if spec.factorable and spec.max_rank()]
 
 
-def metric_rows(bench: Workbench) -> Iterator[tuple[str, str, float, float, float]]:
+def metric_rows(bench: Workbench, wanted: list[str]) -> Iterator[tuple[str, str, float, float, float]]:
     """Scheme, criterion, metric on validation, median error after the activation, seconds of making the factors."""
     specs = factorable(bench)
-    schemes = ("channel", "best") if any(spec.kind == "conv2d" for spec in specs) else ("channel",)
+    has_images = any(spec.kind == "conv2d" for spec in specs)
+    schemes = [scheme for scheme in wanted if has_images or scheme == "channel"]
     for scheme in schemes:
         for svd in SVDS:
             began = time.perf_counter()
@@ -71,11 +73,11 @@ def metric_rows(bench: Workbench) -> Iterator[tuple[str, str, float, float, floa
             yield scheme, svd, outcome.measurement.metric_val, median(errors), seconds
 
 
-def report_metric(name: str, bench: Workbench) -> None:
+def report_metric(name: str, bench: Workbench, schemes: list[str]) -> None:
     bench.factoriser.inputs  # noqa: B018  (gathered once, before the clock starts)
     whole = evaluate(bench.task, bench.model, "val")
     print(f"{name}: {bench.task.metric_name or 'metric'} {whole:.4f}, {len(factorable(bench))} layers at half rank")
-    for scheme, svd, metric, error, seconds in metric_rows(bench):
+    for scheme, svd, metric, error, seconds in metric_rows(bench, schemes):
         print(f"    {scheme:<8} {svd:<11} metric {metric:9.4f}   error {error:8.5f}   {seconds:6.1f} s", flush=True)
 
 
@@ -105,13 +107,16 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", default=BUILT_IN)
     parser.add_argument("--folder", type=Path, help="where the files of scripts/pretrained_nets.py are")
     parser.add_argument("--tolerance", type=float, nargs="+", default=[0.1])
+    parser.add_argument(
+        "--schemes", nargs="+", choices=("channel", "spatial", "tucker", "best"), default=["channel", "best"]
+    )
     parser.add_argument("--only", choices=("metric", "ranks"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.names or BUILT_IN:
         bench = workbench(name, options.folder)
         if options.only != "ranks":
-            report_metric(name, bench)
+            report_metric(name, bench, options.schemes)
         if options.only != "metric":
             report_ranks(name, bench, options.tolerance)
 
