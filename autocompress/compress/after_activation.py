@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autocompress.compress.reduced_rank import leading, root_of
 
-STEPS = 20
+STEPS = 40
 _PATIENCE = 5
 """Steps without an error lower by a thousandth after which nothing more is expected."""
 
@@ -128,7 +128,8 @@ class _Regression:
         else:
             self.mean = features.mean(dim=0) if shift is None else torch.zeros_like(features[0])
         self.given, self.features = features, features - self.mean
-        self.root = root_of(self.features.T @ self.features / len(features) if prior is None else prior.moments)
+        self.own = root_of(self.features.T @ self.features / len(features))
+        self.root = self.own if prior is None else root_of(prior.moments)
         self.known = None if self.whole is None else self.features @ self.whole.to(features).T
 
     def __call__(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,14 +137,13 @@ class _Regression:
         centre = moved.mean(dim=0) if self.shift is None else self.shift.to(targets)
         moved = moved - centre
         cross = (self.features.T @ moved / len(targets)).double()
-        half = torch.linalg.solve_triangular(self.root, cross, upper=False)  # (k, out); its Gram is that of the fit
-        if self.whole is not None:
-            half = half + self.root.T @ self.whole.T
-        least = torch.linalg.solve_triangular(self.root.T, half, upper=True).T
+        least = torch.cholesky_solve(cross, self.own).T
+        least = least if self.whole is None else least + self.whole
         if self.rank is None:
             left, right = least, torch.eye(least.shape[1], dtype=least.dtype, device=least.device)
         else:
-            left = leading(half.T @ half)[:, : self.rank]
+            half = least @ self.root  # (out, k); its Gram is that of the fit
+            left = leading(half @ half.T)[:, : self.rank]
             right = left.T @ least
         return left, right, centre.double() - left @ (right @ self.mean.double())
 

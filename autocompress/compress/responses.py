@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from autocompress.plan import LayerSpec
 
-ROWS = 4096
+ROWS = 8192
 """Inputs of a layer that are kept to fit at most; its moments are those of more, and of twice its width at least."""
 BYTES = 1 << 29
 """Memory of all rows together, but for `LEAST` a layer."""
 LEAST = 2048
 _PRODUCTS = 40_000_000_000
-"""Multiplications for the moments of a layer, which are those of up to sixteen times `ROWS` inputs."""
+"""Multiplications for the moments of a layer, which are those of up to eight times `ROWS` inputs."""
 WIDEST = 4096
 """The widest input whose second moments are summed up; wider ones have those of the rows to fit, when asked for."""
 
@@ -83,7 +83,7 @@ def gather(
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         width = widths[name]
-        wanted = max(2 * ROWS, 2 * width, min(16 * ROWS, _PRODUCTS // width**2)) if width <= WIDEST else kept
+        wanted = max(ROWS, 2 * width, min(8 * ROWS, _PRODUCTS // width**2)) if width <= WIDEST else kept
 
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
