@@ -15,6 +15,7 @@ from autocompress.errors import PlanError
 SCHEMES = ("channel", "spatial", "tucker", "best")
 SVDS = ("plain", "activation", "relu")
 QUANTIZERS = ("codebook", "uniform")
+PRECISIONS = ("float32", "bfloat16", "float16")
 FLOAT_BITS = 32
 BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
 """1 to 8: that many bits of code into a table; 16: float16; 32: the weights as they are."""
@@ -148,12 +149,18 @@ class Recipe:
     `epochs` of finetuning over the training data (fractions allowed), Adam's `learning_rate`,
     the weight of `distillation` from the uncompressed model, 0 (none) to 1 (nothing else), and `rate`,
     the price of the file's bits in the training loss: loss + rate x (bits per priced element); 0 for none.
+    `precision` of the forward pass, one of `PRECISIONS` (weights and loss stay float32; float16 on CUDA only);
+    `accumulation`: batches to each step of the optimiser; `infomax`: the weight of a contrastive loss that
+    keeps the features in front of the last layer telling of the uncompressed model's, 0 for none.
     """
 
     epochs: float = 1.0
     learning_rate: float = 1e-3
     distillation: float = 0.5
     rate: float = 0.0
+    precision: str = "float32"
+    accumulation: int = 1
+    infomax: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -226,6 +233,11 @@ def check(plan: Plan, specs: Iterable[LayerSpec]) -> None:
     _within("recipe", "epochs", recipe.epochs, 0.0, math.inf)
     _within("recipe", "distillation", recipe.distillation, 0.0, 1.0)
     _within("recipe", "rate", recipe.rate, 0.0, math.inf)
+    _within("recipe", "infomax", recipe.infomax, 0.0, math.inf)
+    if recipe.precision not in PRECISIONS:
+        raise PlanError(f"recipe: precision is {recipe.precision!r}, allowed: {', '.join(PRECISIONS)}")
+    if type(recipe.accumulation) is not int or recipe.accumulation < 1:
+        raise PlanError(f"recipe: accumulation is {recipe.accumulation!r}, allowed: a whole number, 1 or more")
     if not (recipe.learning_rate > 0 and math.isfinite(recipe.learning_rate)):
         raise PlanError(f"recipe: learning_rate is {recipe.learning_rate}, allowed: above 0")
 

@@ -124,7 +124,7 @@ def sweep_trials(trials: int, workers: int) -> int:
 
 
 def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple[float, float]:
-    """Seconds of one optimiser step, and of one measurement (encode, decode, validate)."""
+    """Seconds of finetuning on one batch, and of one measurement (encode, decode, validate)."""
     import torch
 
     from autocompress.compress import apply
@@ -138,15 +138,15 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
         with torch.random.fork_rng(devices=[]):
             model = apply.compress(bench.model, bench.layers, plan, bench.svd, factoriser=bench.factoriser)
             _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))
-            share = 1.0 / bench.steps_per_epoch
+            share = plan.recipe.accumulation / bench.steps_per_epoch
             recipe = replace(plan.recipe, epochs=(_WARM + _TIMED) * share)
-            feed = bench.feed(0, recipe.distillation > 0)
+            feed = bench.feed(0, recipe.distillation > 0, recipe.infomax > 0)
             rungs = finetune(model, feed, bench.task.loss, recipe, [_WARM * share, recipe.epochs])
             next(rungs)
             _, seconds = _timed(lambda: next(rungs))
     finally:
         torch.set_num_threads(before)
-    return seconds / _TIMED, fixed
+    return seconds / _TIMED / plan.recipe.accumulation, fixed
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:

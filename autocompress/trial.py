@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -22,6 +23,7 @@ from autocompress.compress.activations import Activation, find_activations
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.finetune import Batch, Feed, finetune
+from autocompress.compress.infomax import Tap, last_layer
 from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.compress.lineage import State
 from autocompress.compress.recalibrate import BATCHES, recalibrate
@@ -157,34 +159,51 @@ class Workbench:
         """Epochs that amount to about `DEFAULT_STEPS` steps: what a recipe gets that names none."""
         return DEFAULT_STEPS / self.steps_per_epoch
 
-    def feed(self, seed: int, distil: bool) -> Feed:
-        """Training batches with the uncompressed model's outputs beside them where they are asked for.
+    def feed(self, seed: int, distil: bool, infomax: bool = False) -> Feed:
+        """Training batches, beside them the uncompressed model's outputs and features where they are asked for.
 
-        Of augmented inputs those outputs cannot be known in advance: they are computed as batches come.
+        Of augmented inputs those cannot be known in advance: they are computed as batches come.
         """
         task = self.task
-        guides = self._guides if distil and task.augment is None else None
+        layer = self._last_layer if infomax else None
+        kept = self._kept(distil, infomax) if task.augment is None else None
 
         def epoch(index: int) -> Iterator[Batch]:
             shuffle = (seed * 1_000_003 + index) % 2**63
-            if guides is not None:
+            if kept is not None:
                 inputs, targets = task.train
                 order = torch.arange(len(inputs))
                 for x, rows in batches((inputs, order), task.batch_size, shuffle_seed=shuffle, device="cpu"):
-                    chosen = map_tensors(guides, lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
-                    yield (
-                        to_device(x, self.device),
-                        to_device(targets[rows], self.device),
-                        to_device(chosen, self.device),
-                    )
+                    told = map_tensors(kept, lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+                    yield to_device((x, targets[rows], *told), self.device)
                 return
             for given, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
                 x = given if task.augment is None else task.augment(given)
-                with torch.no_grad():
-                    guide = call_model(self.model, x) if distil else None
-                yield x, y, guide
+                yield x, y, *self._told(x, distil, infomax)
 
-        return Feed(epoch, self.steps_per_epoch)
+        return Feed(epoch, self.steps_per_epoch, layer)
+
+    def _told(self, x: Any, distil: bool, infomax: bool) -> tuple[Any, ...]:
+        """What the uncompressed model tells of a batch: its outputs, or None, and with InfoMax its features."""
+        if not distil and not infomax:
+            return (None,)
+        tap = Tap(self.model, self._last_layer) if infomax else None
+        with torch.no_grad(), tap or nullcontext():
+            outputs = call_model(self.model, x)
+        return (outputs if distil else None, *([tap.features] if tap else []))
+
+    def _kept(self, distil: bool, infomax: bool) -> tuple[Any, ...] | None:
+        """`_told` of all training examples, where it is computed in advance."""
+        told = (self._guides if distil else None, *([self._features] if infomax else []))
+        wanted = (distil, infomax)
+        lacking = any(what is None for what, asked in zip(told, wanted, strict=False) if asked)
+        return None if lacking or not any(wanted) else told
+
+    @cached_property
+    def _last_layer(self) -> LayerSpec:
+        inputs = self.example()
+        with torch.no_grad():
+            return last_layer(self.model, self.layers, lambda: call_model(self.model, inputs))
 
     def recalibrate(self, model: apply.Compressed) -> None:
         """Count batch normalisation's statistics anew, on the same training batches in every trial.
@@ -202,20 +221,33 @@ class Workbench:
 
         A tensor or a tuple of the outputs' float tensors; None where they are not kept.
         """
+
+        def guide(x: Tensor) -> Any:
+            outputs = self._told(x, True, False)[0]
+            return outputs if isinstance(outputs, Tensor) else tuple(float_tensors(outputs))
+
+        return self._over_train(guide)
+
+    @cached_property
+    def _features(self) -> Any:
+        """The uncompressed model's features (N, d) on a pair of tensors, in the same way."""
+        return self._over_train(lambda x: self._told(x, False, True)[1])
+
+    def _over_train(self, function: Callable[[Tensor], Any]) -> Any:
+        """What a function gives on all training inputs, joined; None unless these are one tensor and it fits."""
         train = self.task.train
         if not is_pair(train):
             return None
-        outputs = []
-        with torch.no_grad():
-            for x in torch.split(train[0], 512):
-                output = call_model(self.model, x.to(self.device))
-                parts = tuple(float_tensors(output))
-                if not parts or any(len(part) != len(x) if part.dim() else True for part in parts):
-                    return None
-                if sum(part.nbytes for part in parts) / len(x) * len(train[0]) > _GUIDE_BYTES:
-                    return None
-                outputs.append(to_device(output if isinstance(output, Tensor) else parts, "cpu"))
-        return join(outputs)
+        found = []
+        for x in torch.split(train[0], 512):
+            given = function(x.to(self.device))
+            parts = list(float_tensors(given))
+            if not parts or any(part.dim() == 0 or len(part) != len(x) for part in parts):
+                return None
+            if sum(part.nbytes for part in parts) / len(x) * len(train[0]) > _GUIDE_BYTES:
+                return None
+            found.append(to_device(given, "cpu"))
+        return join(found)
 
     @cached_property
     def _estimator(self) -> Estimator:
@@ -274,7 +306,7 @@ def _outcomes(
     model = apply.compress(bench.model, specs, plan, bench.svd, start, factoriser=bench.factoriser)
     epochs = recipe.epochs
     rungs = [share * epochs for share in budget.rungs] if epochs > 0 else [0.0]
-    feed = bench.feed(seed, recipe.distillation > 0) if epochs > 0 else None
+    feed = bench.feed(seed, recipe.distillation > 0, recipe.infomax > 0) if epochs > 0 else None
     reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
     for rung, epoch in enumerate(reached):
         if model.codes:

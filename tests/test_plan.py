@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from autocompress.errors import PlanError
 from autocompress.plan import (
     BIT_WIDTHS,
+    PRECISIONS,
     QUANTIZERS,
     SCHEMES,
     LayerPlan,
@@ -36,7 +37,11 @@ layer_plans = st.builds(
     scheme=st.sampled_from(SCHEMES),
     quantizer=st.sampled_from(QUANTIZERS),
 )
-recipes = st.builds(Recipe, epochs=st.floats(0, 1e3), learning_rate=st.floats(1e-9, 10), distillation=st.floats(0, 1))
+recipes = st.builds(
+    Recipe, epochs=st.floats(0, 1e3), learning_rate=st.floats(1e-9, 10), distillation=st.floats(0, 1),
+    rate=st.floats(0, 10), precision=st.sampled_from(PRECISIONS), accumulation=st.integers(1, 64),
+    infomax=st.floats(0, 9),
+)  # fmt: skip
 names = st.sampled_from(["", "fc", "block.0.conv", "ä\u2028"])
 plans = st.builds(Plan, st.dictionaries(names, layer_plans, max_size=4), recipes)
 
@@ -47,6 +52,11 @@ def test_a_plan_survives_json_and_its_key_ignores_order(plan):
     assert back == plan
     turned = Plan(dict(reversed(plan.layers.items())), plan.recipe)
     assert turned.key() == back.key() == plan.key()
+
+
+def test_a_recipe_of_an_older_record_has_the_defaults_of_what_it_lacks():
+    old = {"epochs": 2.0, "learning_rate": 0.01, "distillation": 0.0}
+    assert Plan.from_json({"layers": {}, "recipe": old}).recipe == Recipe(2.0, 0.01, 0.0, 0.0, "float32", 1, 0.0)
 
 
 @given(plans, plans)
@@ -130,6 +140,10 @@ def test_a_layer_that_cannot_carry_out_its_plan_is_named(spec, layer, said):
         (Recipe(epochs=-1), "recipe: epochs is -1, allowed: 0 or more"),
         (Recipe(epochs=math.inf), "epochs is inf"),
         (Recipe(distillation=1.01), "distillation is 1.01, allowed: 0 to 1"),
+        (Recipe(precision="half"), "precision is 'half', allowed: float32, bfloat16, float16"),
+        (Recipe(accumulation=0), "accumulation is 0, allowed: a whole number, 1 or more"),
+        (Recipe(accumulation=1.5), "accumulation is 1.5, allowed: a whole number"),
+        (Recipe(infomax=-0.1), "infomax is -0.1, allowed: 0 or more"),
         (Recipe(learning_rate=0), "learning_rate is 0, allowed: above 0"),
         (Recipe(learning_rate=math.nan), "learning_rate is nan"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocompress.errors import SpaceError
-from autocompress.plan import LayerSpec, Plan, check
+from autocompress.plan import LayerSpec, Plan, Recipe, check
 from autocompress.search.space import ladder
 from autocompress.search.space_file import available, load_space, space_folder
 
@@ -283,6 +283,18 @@ def test_recipe_defaults_and_epochs_left_to_the_search():
     assert (recipe.epochs, recipe.learning_rate, recipe.distillation) == (1.25, 1e-3, 0.0)
 
 
+def test_a_recipes_precision_accumulation_and_infomax():
+    recipe = {"epochs": 1, "precision": "bfloat16", "accumulation": 4, "infomax": {"low": 0.01, "high": 1, "log": True}}
+    space = load_space(document({"bits": 4}, recipe=recipe), MLP)
+    assert [k.name for k in space.knobs] == ["recipe.learning_rate", "recipe.infomax"]
+    plan = space.plan({"recipe.learning_rate": 1e-3, "recipe.infomax": 0.1}, default_epochs=9.0)
+    assert plan.recipe == Recipe(1, 1e-3, 0.5, 0.0, "bfloat16", 4, 0.1)
+    check(plan, MLP)
+    plain = load_space(document({"bits": 4}, recipe={"epochs": 1}), MLP)
+    assert plain.plan({"recipe.learning_rate": 1e-3}, default_epochs=9.0).recipe == Recipe(1, 1e-3, 0.5)
+    assert plain.fingerprint() != space.fingerprint()
+
+
 def test_optuna_distributions_hold_the_same_ranges():
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -416,6 +428,15 @@ MISTAKES = {
         ["group 'all'", "different bits", "'fc1' [2, 5]", "'fc3' 8"],
     ),
     "recipe": ("version: 1\nlayers: [{bits: 3}]\nrecipe: 3\n", ["recipe is 3", "epochs, learning_rate, distillation"]),
+    "precision": (
+        "version: 1\nlayers: [{bits: 3}]\nrecipe: {precision: bfloat61}\n",
+        ["recipe.precision is 'bfloat61'", "float32, bfloat16, float16", "did you mean 'bfloat16'"],
+    ),
+    "accumulation": (
+        "version: 1\nlayers: [{bits: 3}]\nrecipe: {accumulation: [1, 4]}\n",
+        ["recipe.accumulation is [1, 4]", "a whole number from 1 up"],
+    ),
+    "infomax": ("version: 1\nlayers: [{bits: 3}]\nrecipe: {infomax: -1}\n", ["recipe.infomax is -1", "from 0 up"]),
     "recipe key": ("version: 1\nlayers: [{bits: 3}]\nrecipe: {lr: 1}\n", ["recipe: unknown key 'lr'", "learning_rate"]),
     "rate 0": (
         "version: 1\nlayers: [{bits: 3}]\nrecipe: {learning_rate: 0}\n",

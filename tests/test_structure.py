@@ -133,4 +133,4 @@ def test_distillation_alone_learns_from_every_output_without_the_loss():
     plan = Plan({"body": LayerPlan(bits=2), "head": LayerPlan(bits=2)}, Recipe(20, 1e-2, 1.0))
     found = [distances(outcome) for outcome in run_trial(bench, plan, Budget((0.0, 1.0)))]
     before, after = ([x.item() for x in rung] for rung in found)
-    assert sum(after) < 0.8 * sum(before)
+    assert sum(after) < 0.9 * sum(before)

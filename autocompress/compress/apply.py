@@ -138,6 +138,11 @@ class Compressed:
         self.module, self.plan, self.codes, self.aliases, self.paid = module, plan, codes, aliases, paid
         self.shortened = shortened(module, plan) - codes.keys()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(self.module.parameters()).device
+
     def substitutes(self) -> dict[str, Tensor]:
         """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
         values = {key: in_fast_layout(code.values()) for key, code in self.codes.items()}

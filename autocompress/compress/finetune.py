@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autocompress.compress.apply import Compressed, call_with, in_fast_layout
+from autocompress.compress.infomax import Tap, info_nce
 from autocompress.compress.rate import Charge, RatedCode
-from autocompress.compress.structure import float_tensors
-from autocompress.errors import TrialFailed
-from autocompress.plan import Recipe
+from autocompress.compress.structure import float_tensors, map_tensors
+from autocompress.errors import PlanError, TrialFailed
+from autocompress.plan import LayerSpec, Recipe
 
 TEMPERATURE = 2.0
-Batch = tuple[Any, Any, Any]
-"""Inputs, targets, and the uncompressed model's outputs (None without distillation)."""
+WATCHED = 10
+"""Steps between two looks at the losses on a GPU, each of which waits for it; divides `rate.REFRESH`."""
+Batch = tuple[Any, ...]
+"""Inputs, targets, the uncompressed model's outputs (None without distillation), with InfoMax its features (N, d)."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Training batches: `epoch(i)` iterates over those of epoch i; `steps` is how many an epoch has."""
+    """Training batches: `epoch(i)` iterates over those of epoch i; `steps` is how many an epoch has.
+
+    `layer` is the one whose inputs are the features of InfoMax.
+    """
 
     epoch: Callable[[int], Iterator[Batch]]
     steps: int
+    layer: LayerSpec | None = None
 
 
 def finetune(
@@ -40,36 +48,92 @@ def finetune(
     """Train in place, stopping at each rung (epochs, rising) to yield it; a rung above 0 is at least one step.
 
     Adam (Kingma & Ba 2015) with a short warm-up and a cosine decay over `recipe.epochs`; tables and steps
-    learn at a tenth of the rate. Raises TrialFailed when the loss is no longer finite.
+    learn at a tenth of the rate. A step takes `recipe.accumulation` batches, of which it sees the mean.
+    Raises TrialFailed when the loss is no longer finite, PlanError for a precision that the device lacks.
     """
-    total = max(1, round(recipe.epochs * feed.steps))
+    per_epoch = feed.steps / recipe.accumulation
+    total = max(1, round(recipe.epochs * per_epoch))
     if not model.codes and not any(True for _ in model.others()):
         yield from rungs  # everything is frozen: nothing to train
         return
-    optimiser = _optimiser(model, recipe.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, total))
-    batches = _endless(feed)
+    device = model.device
+    tap = Tap(model.module, feed.layer) if recipe.infomax > 0 and feed.layer is not None else None
+    optimiser, scaler = _optimiser(model, recipe.learning_rate), _scaler(recipe.precision, device)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    batches, watch = _endless(feed), _Watch(total, device)
     rated = [code for code in model.codes.values() if isinstance(code, RatedCode)]
     charge = Charge(rated, recipe.rate, model.paid, total)
     for tensor in (*model.module.parameters(), *model.module.buffers()):
         tensor.data = in_fast_layout(tensor.data)
     step = 0
     for rung in rungs:
-        until = min(total, max(round(rung * feed.steps), rung > 0))
+        until = min(total, max(round(rung * per_epoch), rung > 0))
+        _train_mode(model.module)
         while step < until:
-            inputs, targets, guide = next(batches)
-            _train_mode(model.module)
-            outputs = call_with(model.module, model.substitutes(), inputs)
-            value = _objective(outputs, targets, guide, loss, recipe.distillation)
-            if not math.isfinite(value.item()):
-                raise TrialFailed(f"loss became {value.item()} at step {step} of {total}")
             optimiser.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            for _ in range(recipe.accumulation):
+                value = _forward(model, tap, next(batches), loss, recipe)
+                watch(value, step)
+                scaler.scale(value / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimiser)
             charge(step)
-            optimiser.step()
-            scheduler.step()
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * _rate(step, total)
+            scaler.step(optimiser)
+            scaler.update()
             step += 1
+        watch.look()
         yield rung
+
+
+def _forward(
+    model: Compressed, tap: Tap | None, batch: Batch, loss: Callable[[Any, Any], Tensor], recipe: Recipe
+) -> Tensor:
+    """The objective on a batch: the model runs at the recipe's precision, the losses in float32."""
+    inputs, targets, guide, *others = batch
+    substitutes = model.substitutes()
+    with _at_precision(recipe.precision, model.device), tap or nullcontext():
+        outputs = call_with(model.module, substitutes, inputs)
+    if recipe.precision != "float32":
+        outputs = map_tensors(outputs, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    value = _objective(outputs, targets, guide, loss, recipe.distillation)
+    return value if tap is None else value + recipe.infomax * info_nce(tap.features, others[0])
+
+
+def _at_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def _scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps float16's gradients from vanishing; it passes everything on as it is at other precisions."""
+    if precision == "float16" and device.type != "cuda":
+        raise PlanError(f"recipe: precision is 'float16' on device {device.type!r}, allowed there: float32, bfloat16")
+    return torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
+
+class _Watch:
+    """Raises TrialFailed for a loss that is not finite, in its step on a CPU, within `WATCHED` steps on a GPU."""
+
+    def __init__(self, total: int, device: torch.device) -> None:
+        self.total, self.every = total, 1 if device.type == "cpu" else WATCHED
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def __call__(self, value: Tensor, step: int) -> None:
+        self.seen.append((step, value.detach()))
+        if step % self.every == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Look at all losses since the last time."""
+        if not self.seen:
+            return
+        losses = torch.stack([value for _, value in self.seen]).tolist()
+        for (step, _), loss in zip(self.seen, losses, strict=True):
+            if not math.isfinite(loss):
+                raise TrialFailed(f"loss became {loss} at step {step} of {self.total}")
+        self.seen.clear()
 
 
 def _train_mode(module: nn.Module) -> None:

@@ -106,13 +106,13 @@ class Space:
     """What may be searched for one model.
 
     `source` is the mapping as read (plain JSON types), for the record; `recipe` holds a setting
-    for each field of `Recipe`, None for epochs that the file leaves to the search.
+    for fields of `Recipe`, None for epochs that the file leaves to the search; fields not named have their defaults.
     """
 
     name: str
     source: Mapping[str, Any]
     layers: tuple[LayerSettings, ...]
-    recipe: Mapping[str, Setting | None]
+    recipe: Mapping[str, Setting | str | None]
 
     @cached_property
     def knobs(self) -> tuple[Knob, ...]:
@@ -131,7 +131,10 @@ class Space:
                 what = "a whole number from" if knob.kind == "int" else ""
                 allowed = f"{what} {knob.low:g} to {knob.high:g}".strip()
                 raise SpaceError(f"parameter {knob.name!r} is {params[knob.name]}, allowed: {allowed}")
-        recipe = {name: default_epochs if s is None else _value(s, params) for name, s in self.recipe.items()}
+        recipe: dict[str, Any] = {
+            name: default_epochs if s is None else s if isinstance(s, str) else _value(s, params)
+            for name, s in self.recipe.items()
+        }
         return Plan({layer.spec.name: layer.plan(params) for layer in self.layers}, Recipe(**recipe))
 
     def params_for(self, plan: Plan) -> dict[str, float]:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 from autocompress.errors import SpaceError
-from autocompress.plan import BIT_WIDTHS, FLOAT_BITS, QUANTIZERS, SCHEMES, SVDS, LayerSpec
+from autocompress.plan import BIT_WIDTHS, FLOAT_BITS, PRECISIONS, QUANTIZERS, SCHEMES, SVDS, LayerSpec
 from autocompress.search.space import (
     Knob,
     LayerSettings,
@@ -204,12 +204,24 @@ _RECIPE: dict[str, _End] = {
     "learning_rate": partial(_number, above=True),
     "distillation": partial(_number, high=1.0),
     "rate": _number,
+    "infomax": _number,
 }
 _RECIPE_DEFAULTS = {
     "learning_rate": _Range(3e-4, 3e-3, log=True),
     "distillation": _Range(0.5, 0.5),
     "rate": _Range(0.0, 0.0),
+    "infomax": _Range(0.0, 0.0),
 }
+
+
+def _whole(at: At, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise at.error(value, "a whole number from 1 up")
+    return value
+
+
+_RECIPE_FIXED: dict[str, _End] = {"precision": partial(_choice, allowed=PRECISIONS), "accumulation": _whole}
+"""Keys of a recipe that take one value: searching them would say little."""
 TOP_KEYS = ("version", "description", "layers", "recipe")
 
 
@@ -403,13 +415,15 @@ def _without_idle_rank(layer: LayerSettings, layers: Iterable[LayerSettings]) ->
     return replace(layer, rank=None)
 
 
-def _recipe(at: At, read: Any) -> dict[str, Setting | None]:
+def _recipe(at: At, read: Any) -> dict[str, Setting | str | None]:
+    known = (*_RECIPE, *_RECIPE_FIXED)
     if not isinstance(read, Mapping):
-        raise at.error(read, f"a mapping with the keys {', '.join(_RECIPE)}")
-    _check_keys(at, read, tuple(_RECIPE))
+        raise at.error(read, f"a mapping with the keys {', '.join(known)}")
+    _check_keys(at, read, known)
     ends = {key: _range(at / key, read[key], check) for key, check in _RECIPE.items() if key in read}
     ends = _RECIPE_DEFAULTS | ends
-    return {key: _setting(f"recipe.{key}", ends[key], "float") if key in ends else None for key in _RECIPE}
+    settings = {key: _setting(f"recipe.{key}", ends[key], "float") if key in ends else None for key in _RECIPE}
+    return settings | {key: check(at / key, read[key]) for key, check in _RECIPE_FIXED.items() if key in read}
 
 
 def _check_keys(at: At, read: Mapping[str, Any], known: Sequence[str]) -> None:
