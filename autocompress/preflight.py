@@ -141,7 +141,8 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
             share = plan.recipe.accumulation / bench.steps_per_epoch
             recipe = replace(plan.recipe, epochs=(_WARM + _TIMED) * share)
             feed = bench.feed(0, recipe.distillation > 0, recipe.infomax > 0)
-            rungs = finetune(model, feed, bench.task.loss, recipe, [_WARM * share, recipe.epochs])
+            own = bench.task.finetune or finetune
+            rungs = own(model, feed, bench.task.loss, recipe, [_WARM * share, recipe.epochs])
             next(rungs)
             _, seconds = _timed(lambda: next(rungs))
     finally:

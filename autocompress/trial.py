@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +29,8 @@ from autocompress.compress.lineage import State
 from autocompress.compress.recalibrate import BATCHES, recalibrate
 from autocompress.compress.responses import Inputs, gather
 from autocompress.compress.structure import float_tensors, map_tensors
-from autocompress.errors import TaskError, TrialFailed
-from autocompress.plan import LayerSpec, Measurement, Plan, check
+from autocompress.errors import AutocompressError, TaskError, TrialFailed
+from autocompress.plan import LayerSpec, Measurement, Plan, Recipe, check
 from autocompress.tasks.batches import (
     batches,
     call_model,
@@ -43,12 +43,14 @@ from autocompress.tasks.batches import (
 )
 from autocompress.tasks.randomness import preserved
 from autocompress.tasks.task import Task
+from autocompress.tasks.wording import one_line
 
 DEFAULT_STEPS = 500
 _CALIBRATION = (256, 8192, 2e11)
 """Least and most examples that factors are fitted to and checked on, and the multiply-accumulates to spend on them."""
 _GUIDE_BYTES = 512 * 1024 * 1024
 _ANY = 1 << 62
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,10 @@ def _outcomes(
     epochs = recipe.epochs
     rungs = [share * epochs for share in budget.rungs] if epochs > 0 else [0.0]
     feed = bench.feed(seed, recipe.distillation > 0, recipe.infomax > 0) if epochs > 0 else None
-    reached = finetune(model, feed, bench.task.loss, recipe, rungs) if feed else iter(rungs)
+    reached: Iterator[float] = iter(rungs)
+    if feed is not None:
+        own = bench.task.finetune
+        reached = (finetune if own is None else _guarded(own))(model, feed, bench.task.loss, recipe, rungs)
     for rung, epoch in enumerate(reached):
         if model.codes:
             bench.recalibrate(model)
@@ -316,6 +321,26 @@ def _outcomes(
         metric = evaluate(bench.task, decoded, "val")
         numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, model.plan), time.monotonic() - began)
         yield Outcome(numbers, data, model.state)
+
+
+def _guarded(own: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[float]]:
+    """A task's own finetune function: its exceptions become TrialFailed, and it must reach every rung."""
+
+    def guarded(
+        model: apply.Compressed, feed: Feed, loss: Callable[[Any, Any], Tensor], recipe: Recipe, rungs: Sequence[float]
+    ) -> Iterator[float]:
+        try:
+            reached = iter(own(model, feed, loss, recipe, list(rungs)))
+            for rung in rungs:
+                if next(reached, _END) is _END:
+                    raise TrialFailed(f"the task's finetune ended before rung {rung:g} of {list(rungs)}")
+                yield rung
+        except AutocompressError:
+            raise
+        except Exception as error:
+            raise TrialFailed(f"the task's finetune raised {one_line(error)}") from error
+
+    return guarded
 
 
 class _Seeded:

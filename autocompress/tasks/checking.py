@@ -69,6 +69,9 @@ def check_fields(task: Task) -> None:
     _require(inputs is None or isinstance(inputs, tuple), where, "example_inputs", inputs, "a tuple, or None")
     augment = task.augment
     _require(augment is None or callable(augment), where, "augment", augment, "a function augment(inputs), or None")
+    own = task.finetune
+    allowed = "a function finetune(model, feed, loss, recipe, rungs), or None"
+    _require(own is None or callable(own), where, "finetune", own, allowed)
     for split in SPLITS:
         _check_split(where, split, getattr(task, split))
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):

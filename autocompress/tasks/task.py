@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,12 @@ class Task:
     `augment(inputs)` gives a varied training batch's inputs, on the device, of the same structure;
     finetuning alone calls it, each time anew. What it draws from the global random state follows from
     the trial's seed. It travels to workers, so it must be picklable (`tasks.augment.Augment` is).
+    `finetune` takes the place of `compress.finetune.finetune`, and is called as that is:
+    `finetune(model, feed, loss, recipe, rungs)` gives an iterator that trains up to each of `rungs`, epochs,
+    rising, and yields there. `model.substitutes()` are the weights that the file will hold, differentiable, by state
+    key, for `compress.apply.call_with(model.module, substitutes, inputs)`; what to train is `code.trained()` of
+    each of `model.codes.values()`, and `model.others()`. `feed.epoch(i)` gives the batches of epoch i: inputs, targets,
+    the uncompressed model's outputs or None, with InfoMax its features. It must be picklable too.
     """
 
     model: nn.Module
@@ -43,3 +49,4 @@ class Task:
     batch_size: int = 128
     metric_name: str = ""
     augment: Callable[[Any], Any] | None = None
+    finetune: Callable[..., Iterator[Any]] | None = None
