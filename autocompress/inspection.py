@@ -55,7 +55,7 @@ class FileReport:
 def inspect_file(path: Path) -> FileReport:
     """Where the bytes of an artifact are. Raises ArtifactError for a file that does not decode."""
     from autocompress.codec.tensors import Coded
-    from autocompress.compress.artifact import opened
+    from autocompress.compress.artifact import SCALE, opened
 
     rows = []
     with opened(path) as archive:
@@ -64,7 +64,8 @@ def inspect_file(path: Path) -> FileReport:
             sizes = archive.sizes(name, tensor)
             entropy = _entropy_bytes(tensor.symbols) if isinstance(tensor, Coded) else None
             width = 4 if "float" in entry.dtype else max(1, int("".join(filter(str.isdigit, entry.dtype)) or 8) // 8)
-            shares = sizes.mask, sizes.codes, sizes.table, entropy, entry.elements * width
+            plain = 0 if name.endswith(SCALE) else entry.elements * width  # the uncompressed model has no scales
+            shares = sizes.mask, sizes.codes, sizes.table, entropy, plain
             rows.append(FileRow(name, entry.kind, entry.dtype, entry.shape, entry.length, *shares))
     used = sum(row.size_bytes for row in rows)
     return FileReport(str(path), archive.size, archive.size - used, tuple(rows), archive.header)

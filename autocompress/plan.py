@@ -14,11 +14,17 @@ from autocompress.errors import PlanError
 
 SCHEMES = ("channel", "spatial", "tucker", "best")
 SVDS = ("plain", "activation", "relu")
-QUANTIZERS = ("codebook", "uniform")
+QUANTIZERS = ("codebook", "uniform", "asymmetric")
+SALIENCIES = ("magnitude", "activation", "hessian")
+ROUNDINGS = ("nearest", "hessian")
+GRANULARITIES = ("tensor", "channel")
+"""Of scales, or a number of consecutive weights of a row."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 FLOAT_BITS = 32
 BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
 """1 to 8: that many bits of code into a table; 16: float16; 32: the weights as they are."""
+CODED_BITS = 8
+"""Up to these weights are codes."""
 SHORT_BITS = 16
 """Up to these a layer's bias is carried in bfloat16; where all layers have so few, normalisation layers are too."""
 
@@ -114,10 +120,14 @@ class LayerPlan:
     """What happens to one layer.
 
     `rank` None keeps the layer whole. `threshold` counts in standard deviations of the layer's
-    weights: what lies below is pruned. `bits` is one of `BIT_WIDTHS`. `svd` is what the factors approximate: the
-    weight ("plain"), the layer's outputs ("activation"), or what the activation after the layer makes of them
-    ("relu", any elementwise activation; "activation" where none is known). `core` are the ranks of "tucker", inputs
-    first; None: those of least error that cost no more weights than the channel scheme at `rank`.
+    weights: so many are pruned as lie below; which, says `saliency`. `bits` is one of `BIT_WIDTHS`.
+    `svd` is what the factors approximate: the weight ("plain"), the layer's outputs ("activation"), or what the
+    activation after the layer makes of them ("relu", any elementwise activation; "activation" where none is known).
+    `core` are the ranks of "tucker", inputs first; None: those of least error that cost no more weights than the
+    channel scheme at `rank`.
+    `rounding` "hessian" minimises the error of the layer's outputs; `granularity` is what has a scale of its own: the
+    tensor, a channel (an output's row), or so many consecutive weights of a row. Saliency and rounding but the first
+    ones look at the training data; under a `Recipe.rate`, which prunes and rounds by itself, they have no effect.
     """
 
     rank: int | None = None
@@ -127,6 +137,9 @@ class LayerPlan:
     quantizer: str = "codebook"
     svd: str = "plain"
     core: tuple[int, int] | None = None
+    saliency: str = "magnitude"
+    rounding: str = "nearest"
+    granularity: str | int = "tensor"
 
     @property
     def factorisation(self) -> tuple[Any, ...]:
@@ -229,6 +242,7 @@ def check(plan: Plan, specs: Iterable[LayerSpec]) -> None:
         if name not in plan.layers:
             raise PlanError(f"plan has no entry for layer {name!r}")
         _check_layer(plan.layers[name], spec)
+        _check_rated(plan.layers[name], spec, plan.recipe)
     recipe = plan.recipe
     _within("recipe", "epochs", recipe.epochs, 0.0, math.inf)
     _within("recipe", "distillation", recipe.distillation, 0.0, 1.0)
@@ -253,6 +267,11 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
         raise PlanError(f"{where}: svd is {plan.svd!r}, allowed: {', '.join(SVDS)}")
     if plan.core is not None:
         _check_core(where, plan, spec)
+    if plan.saliency not in SALIENCIES:
+        raise PlanError(f"{where}: saliency is {plan.saliency!r}, allowed: {', '.join(SALIENCIES)}")
+    if plan.rounding not in ROUNDINGS:
+        raise PlanError(f"{where}: rounding is {plan.rounding!r}, allowed: {', '.join(ROUNDINGS)}")
+    _check_granularity(where, plan)
     if plan.rank is None:
         return
     if not spec.factorable:
@@ -275,6 +294,26 @@ def _check_core(where: str, plan: LayerPlan, spec: LayerSpec) -> None:
                 raise PlanError(f"{where}: core is {plan.core}, allowed: ranks whose three factors are smaller")
         case _:
             raise PlanError(f"{where}: core is {plan.core}, allowed: 1 to {inner} and 1 to {out}")
+
+
+def _check_granularity(where: str, plan: LayerPlan) -> None:
+    value = plan.granularity
+    if not (value in GRANULARITIES or (type(value) is int and value >= 1)):
+        raise PlanError(
+            f"{where}: granularity is {value!r}, allowed: {', '.join(GRANULARITIES)}, a whole number from 1"
+        )
+    if value != "tensor" and plan.quantizer == "codebook" and plan.bits <= CODED_BITS:
+        raise PlanError(f"{where}: granularity is {value!r}, allowed: tensor where quantizer is codebook")
+
+
+def _check_rated(plan: LayerPlan, spec: LayerSpec, recipe: Recipe) -> None:
+    if not (recipe.rate > 0 and 2 <= plan.bits <= CODED_BITS):
+        return
+    where = f"layer {spec.label!r}"
+    if plan.granularity != "tensor":
+        raise PlanError(f"{where}: granularity is {plan.granularity!r}, allowed: tensor where rate is above 0")
+    if plan.quantizer == "asymmetric":
+        raise PlanError(f"{where}: quantizer is 'asymmetric', allowed: codebook, uniform where rate is above 0")
 
 
 def _within(where: str, what: str, value: float, low: float, high: float) -> None:

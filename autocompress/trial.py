@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import autocompress
 from autocompress.codec import container
-from autocompress.compress import apply, artifact, lowrank
+from autocompress.compress import apply, artifact, calibrate, lowrank
 from autocompress.compress.activations import Activation, find_activations
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.factors import Factoriser
@@ -48,6 +48,10 @@ from autocompress.tasks.wording import one_line
 DEFAULT_STEPS = 500
 _CALIBRATION = (256, 8192, 2e11)
 """Least and most examples that factors are fitted to and checked on, and the multiply-accumulates to spend on them."""
+CALIBRATION_EXAMPLES = 256
+"""Training examples at most that layers' inputs are looked at with."""
+_CALIBRATION_BYTES = 256 * 1024 * 1024
+"""Of the largest input of a layer over all of these: examples are fewer where it would be more."""
 _GUIDE_BYTES = 512 * 1024 * 1024
 _ANY = 1 << 62
 _END = object()
@@ -145,6 +149,38 @@ class Workbench:
     def _activations(self) -> dict[str, Activation]:
         inputs = self.example()
         return find_activations(self.model, self._factorable(), lambda model: call_model(model, inputs))
+
+    @cached_property
+    def calibration(self) -> Any:
+        """Inputs of some hundred training examples as one batch, on the device: the same in each process.
+
+        Of a split whose batches cannot be joined, the first batches that can.
+        """
+        example = self.example()
+        most = calibrate.largest_input(self.model, self.layers, example, call_model) * 4
+        wanted = max(1, min(CALIBRATION_EXAMPLES, _CALIBRATION_BYTES // max(1, most)))
+        size = min(32, wanted)
+        passed: list[Any] = []
+        count = 0
+        for inputs, _ in batches(self.task.train, size, shuffle_seed=0, device="cpu"):
+            rows = calibrate.examples_in(inputs)
+            if count and count + rows > wanted:
+                break
+            passed.append(inputs)
+            count += rows
+        if not passed:
+            raise TaskError("train is empty")
+        try:
+            joined = join(passed)
+        except TaskError:
+            joined = passed[0]
+        return to_device(joined, self.device)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, calibrate.Statistics]:
+        """Of the uncompressed model's layers' inputs, by layer name; computed once."""
+        with preserved(0):
+            return calibrate.gather(self.model, self.layers, [self.calibration], call_model)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -305,7 +341,15 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     began = time.monotonic()
     recipe, specs = plan.recipe, bench.layers
-    model = apply.compress(bench.model, specs, plan, bench.svd, start, factoriser=bench.factoriser)
+    model = apply.compress(
+        bench.model,
+        specs,
+        plan,
+        bench.svd,
+        start,
+        factoriser=bench.factoriser,
+        calibration=lambda: bench.calibration,
+    )
     epochs = recipe.epochs
     rungs = [share * epochs for share in budget.rungs] if epochs > 0 else [0.0]
     feed = bench.feed(seed, recipe.distillation > 0, recipe.infomax > 0) if epochs > 0 else None

@@ -54,6 +54,12 @@ def decode(data):
         assert zlib.crc32(stream) == checksum, f"damaged: {name}"
         tensors[name] = tensor(BytesIO(stream), *kind.partition("/")[::2], dtype, shape, alive=alive)
         alive.append(tensors[name].reshape(len(tensors[name]), -1).any(axis=1) if len(shape) > 1 and shape[0] else [])
+    for name in [name for name in tensors if name.endswith("#scale")]:
+        weight, scale = tensors[name.removesuffix("#scale")], tensors.pop(name)
+        rows = weight.reshape(len(weight), -1)  # a view: each column's group has a scale
+        rows *= scale.reshape(len(weight), -1)[
+            :, np.arange(rows.shape[1]) * (scale.size // len(weight)) // rows.shape[1]
+        ]
     return header, tensors
 
 

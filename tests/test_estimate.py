@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from autocompress.codec import container, header, mixed_stream, rans
-from autocompress.compress import apply, artifact, estimate, lowrank, quantize
+from autocompress.compress import apply, artifact, clustering, estimate, lowrank, quantize
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.layers import find_layers
 from autocompress.errors import PlanError, TrialFailed
 from autocompress.plan import LayerPlan, Plan, Recipe
 
 VERSION = "0.1.0"
-KERNELS = (estimate.gather, estimate.lloyd)
+KERNELS = (estimate.gather, clustering.lloyd)
 
 
 class Twin(nn.Module):

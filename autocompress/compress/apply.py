@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.codec.tensors import Coded, Raw, grid_table
-from autocompress.compress import lowrank, prune, quantize
-from autocompress.compress.artifact import raw_tensor, unique_state
+from autocompress.compress import calibrate, lowrank, prune, quantize, scales, solve
+from autocompress.compress.artifact import SCALE, raw_tensor, unique_state
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.lineage import State
+from autocompress.compress.prepare import prepare
 from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
 from autocompress.errors import TrialFailed
@@ -39,18 +40,34 @@ class Code:
     a table's entries may pass each other in training.
     """
 
-    def __init__(self, weight: Tensor, plan: LayerPlan, start: Mapping[str, Tensor], key: str) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        plan: LayerPlan,
+        start: Mapping[str, Tensor],
+        key: str,
+        prepared: solve.Prepared | None = None,
+    ) -> None:
         self.shape, self.bits, self.kind = tuple(weight.shape), plan.bits, plan.quantizer
         self.dense = weight.detach().clone()
-        unit = start.get(f"{key}#unit")
-        self.unit = float(weight.detach().double().std(correction=0)) if unit is None else float(unit)
-        mask = prune.magnitude_mask(weight, plan.threshold, self.unit)
+        self.unit = unit_of(weight, start, key)
+        if prepared is None:
+            found = start.get(f"{key}#mask")
+            mask = prune.magnitude_mask(weight, plan.threshold, self.unit) if found is None else found.to(weight.device)
+        else:
+            mask, start = prepared.mask, prepared.learned(key)
+            self.dense = torch.where(mask, prepared.weight, self.dense)
         self.pruned = not bool(mask.all())
+        self.chosen = plan.saliency != "magnitude" and self.pruned
         self.positions = mask.flatten().nonzero().squeeze(1)
         self.weights = self.dense.flatten()[self.positions].clone().requires_grad_()
         self.table: Tensor | None = None
         self.step: Tensor | None = None
-        if self.bits <= 8 and self.kind == "codebook":
+        self.low: Tensor | None = None
+        self.place: Tensor | None = None
+        if self.bits <= 8 and (plan.granularity != "tensor" or self.kind == "asymmetric"):
+            self._take_grid(mask, plan, start, key)
+        elif self.bits <= 8 and self.kind == "codebook":
             table = start.get(f"{key}#table")
             if table is None:
                 table = quantize.kmeans(self.weights, 2**self.bits)
@@ -60,10 +77,34 @@ class Code:
             value = torch.tensor(quantize.grid_step(self.weights, self.bits)) if step is None else step
             self.step = value.to(self.weights).detach().clone().requires_grad_()
 
+    def _take_grid(self, mask: Tensor, plan: LayerPlan, start: Mapping[str, Tensor], key: str) -> None:
+        """Scales of rows or groups, or levels that are not symmetric: those given, else fitted."""
+        matrix = self.dense.reshape(self.shape[0], -1)
+        step, low = start.get(f"{key}#step"), start.get(f"{key}#low")
+        if step is None:
+            kept = mask.reshape(matrix.shape).to(matrix)
+            asymmetric = self.kind == "asymmetric"
+            grid = scales.fit(matrix, kept, self.bits, plan.granularity, asymmetric=asymmetric)
+            step, low = (None if part is None else part.squeeze() if part.numel() == 1 else part for part in grid.parts)
+        assert step is not None
+        self.step = step.to(matrix).detach().clone().requires_grad_()
+        self.low = None if low is None else low.to(matrix).detach().clone()
+        if self.step.dim():
+            self.place = scales.places(self.step, (matrix.shape[0], matrix.shape[1]))[self.positions]
+
+    def grid(self) -> scales.Grid:
+        """The grid as files carry it; differentiable in `step`."""
+        assert self.step is not None
+        step = self.step if self.place is None else _in_short(self.step)
+        return scales.Grid(step, self.low, self.bits)
+
     def values(self) -> Tensor:
         """The weight that the model computes with, in the weight's shape; differentiable."""
         if self.table is not None:
             kept = quantize.CodebookWeight.apply(self.weights, self.rising())  # type: ignore[no-untyped-call]
+        elif self.place is not None or self.low is not None:
+            grid = self.grid()
+            kept = scales.ScaledWeight.apply(self.weights, grid.step, grid, self.place)  # type: ignore[no-untyped-call]
         elif self.step is not None:
             kept = quantize.GridWeight.apply(self.weights, self.step, self.bits)  # type: ignore[no-untyped-call]
         elif self.bits == 16:
@@ -88,9 +129,9 @@ class Code:
             codes, rest = quantize.nearest(self.weights, rising), len(rising)
         else:
             assert self.step is not None
-            level = quantize.to_grid(self.weights, self.bits, self.step).long()
+            level = self.levels()
             low = min(int(level.min()), 0)
-            grid = (float(np.float32(self.step.item())), low)
+            grid = (float(np.float32(self.step.item())) if self.place is None else 1.0, low)
             codes, rest = level - low, -low
             entries = torch.from_numpy(grid_table(*grid, max(int(level.max()), 0) - low + 1))
         symbols = codes.new_full((self.dense.numel(),), rest)
@@ -104,6 +145,20 @@ class Code:
         array = symbols.view(self.shape).cpu().numpy().astype(np.uint16)
         return Coded(array, entries.cpu().numpy(), _name(self.dense.dtype), grid)
 
+    def levels(self) -> Tensor:
+        """The levels of the weights that stay, whole numbers."""
+        assert self.step is not None
+        if self.place is None and self.low is None:
+            return quantize.to_grid(self.weights, self.bits, self.step).long()
+        return self.grid().rounded(self.weights, self.place).long()
+
+    def scale(self) -> Raw | None:
+        """The scales beside the levels, (rows,) or (rows, groups) in bfloat16, where there are several."""
+        if self.place is None:
+            return None
+        step = self.grid().step.detach()
+        return raw_tensor((step.squeeze(1) if step.shape[1] == 1 else step).bfloat16())
+
     def trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The leaf tensors that learn at the recipe's rate, and those at a tenth of it."""
         return [self.weights], [tensor for tensor in (self.table, self.step) if tensor is not None]
@@ -112,6 +167,12 @@ class Code:
         """The codebook in rising order and in bfloat16's precision, in which files carry it; differentiable."""
         assert self.table is not None
         return _in_short(self.table.sort().values)
+
+    def mask(self) -> Tensor:
+        """True where a weight stays; bool, the weight's shape."""
+        flat = torch.zeros(self.dense.numel(), dtype=torch.bool, device=self.dense.device)
+        flat[self.positions] = True
+        return flat.view(self.shape)
 
     def full(self) -> Tensor:
         """All float weights: the trained ones, and the pruned ones as they were."""
@@ -164,7 +225,10 @@ class Compressed:
         result: dict[str, Coded | Raw] = {}
         for key, tensor in unique_state(self.module).items():
             if key in self.codes:
-                result[key] = self.codes[key].encode()
+                code = self.codes[key]
+                result[key] = code.encode()
+                if isinstance(code, Code) and (scale := code.scale()) is not None:
+                    result[f"{key}{SCALE}"] = scale
             else:
                 result[key] = raw_tensor(tensor.bfloat16() if key in self.shortened else tensor)
         return result
@@ -179,6 +243,10 @@ class Compressed:
                 tensors[f"{key}#table"] = code.table.detach().clone()
             if code.step is not None:
                 tensors[f"{key}#step"] = code.step.detach().clone()
+            if isinstance(code, Code) and code.low is not None:
+                tensors[f"{key}#low"] = code.low.clone()
+            if isinstance(code, Code) and code.chosen:
+                tensors[f"{key}#mask"] = code.mask()
         return State(self.plan, tensors)
 
 
@@ -190,6 +258,7 @@ def compress(
     start: State | None = None,
     *,
     factoriser: Factoriser | None = None,
+    calibration: Callable[[], Any] | None = None,
 ) -> Compressed:
     """A compressed copy of the model; the model itself is not touched.
 
@@ -197,7 +266,9 @@ def compress(
     `scheme` may ask for besides (without one, every svd is plain); the result's plan has schemes settled.
     With `start`, weights go on from that state instead: factors of the same rank, scheme and svd as they are, others
     made anew; tables and steps as they are where the layer's plan is the same, else fitted anew.
-    Raises TrialFailed for weights that are not finite.
+    `calibration()` gives a batch of inputs, with which layers are looked at whose saliency or rounding asks for it
+    (`prepare`); from a state of another plan they are solved anew. Raises TrialFailed for weights that are not
+    finite, and where there is no calibration.
     """
     module = copy.deepcopy(model)
     made = Factoriser(model, svds) if factoriser is None else factoriser
@@ -214,25 +285,78 @@ def compress(
             module = _factorise(module, spec, layer, made, start)
             keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
-    codes: dict[str, Code | RatedCode] = {}
-    for key, spec in keys.items():
-        layer, weight = plan.layers[spec.name], module.get_parameter(key)
-        if not torch.isfinite(weight).all():
+    plans = {first[id(module.get_parameter(key))]: plan.layers[spec.name] for key, spec in keys.items()}
+    learned = {
+        first[id(module.get_parameter(key))]: {} if start is None else _learned(start, plan, spec.name)
+        for key, spec in keys.items()
+    }
+    for key in plans:
+        if not torch.isfinite(module.get_parameter(key)).all():
             raise TrialFailed(f"weight {key!r} holds values that are not finite")
-        if layer != LayerPlan():
-            learned = {} if start is None else _learned(start, plan, spec.name)
-            name = first[id(weight)]
-            if _is_rated(plan, layer):
-                codes[name] = _rated(weight, layer, learned, name)
-                codes |= _rated_bias(module, key, learned)
-            else:
-                codes[name] = Code(weight, layer, learned, name)
+    plans = {key: layer for key, layer in plans.items() if layer != LayerPlan()}
+    codes: dict[str, Code | RatedCode] = {}
+    looked_at = {
+        key
+        for key, layer in plans.items()
+        if solve.is_calibrated(layer)
+        and not _is_rated(plan, layer)
+        and (start is None or learned[key] is not start.tensors)
+    }
+    for key, layer in plans.items():
+        weight = module.get_parameter(key)
+        if _is_rated(plan, layer):
+            codes[key] = _rated(weight, layer, learned[key], key)
+            codes |= _rated_bias(module, key, learned[key])
+        elif key not in looked_at:
+            codes[key] = Code(weight, layer, learned[key], key)
+    if looked_at:
+        codes |= _calibrated(
+            module, {key: plans[key] for key in plans if key in looked_at}, codes, learned, calibration
+        )
+        codes = {key: codes[key] for key in first.values() if key in codes}
     aliases = {
         key: first[id(tensor)]
         for key, tensor in module.state_dict(keep_vars=True).items()
         if first.get(id(tensor), key) != key and first[id(tensor)] in codes
     }
     return Compressed(module, plan, codes, aliases, 0.0 if start is None else start.plan.recipe.rate)
+
+
+def _calibrated(
+    module: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    others: Mapping[str, Code | RatedCode],
+    learned: Mapping[str, Mapping[str, Tensor]],
+    calibration: Callable[[], Any] | None,
+) -> dict[str, Code]:
+    """The codes of weights whose plans ask for the layers' inputs."""
+    if calibration is None:
+        raise TrialFailed(f"layer {next(iter(plans)).rpartition('.')[0]!r} needs calibration data, and none is given")
+    inputs = calibration()
+    codes: dict[str, Code] = {}
+
+    def solved(key: str, weight: Tensor, moments: calibrate.Moments, groups: int) -> solve.Prepared:
+        unit = unit_of(weight, learned[key], key)
+        found = moments.statistics()
+        return solve.solve(weight, plans[key], unit, found, drift=moments.drift, groups=groups)
+
+    def values(key: str, prepared: solve.Prepared) -> Tensor:
+        codes[key] = Code(module.get_parameter(key), plans[key], learned[key], key, prepared)
+        return codes[key].values().detach()
+
+    plain = {key: code.values().detach() for key, code in others.items()}
+    labels = {key: key.removesuffix(".weight") for key in plans}
+    prepare(module, plain, labels, solved, values, lambda model: call_with(model, {}, inputs))
+    for key, layer in plans.items():
+        if key not in codes:
+            codes[key] = Code(module.get_parameter(key), layer, {}, key)
+    return codes
+
+
+def unit_of(weight: Tensor, start: Mapping[str, Tensor], key: str) -> float:
+    """What thresholds count in: the deviation of the weights, or of those at first that a state tells of."""
+    unit = start.get(f"{key}#unit")
+    return float(weight.detach().double().std(correction=0)) if unit is None else float(unit)
 
 
 def _is_rated(plan: Plan, layer: LayerPlan) -> bool:

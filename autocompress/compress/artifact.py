@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +20,12 @@ from autocompress.codec.header import Entry
 from autocompress.codec.tensors import Artifact, Coded, Raw
 from autocompress.compress import architecture, lowrank
 from autocompress.compress import runtime as runtimes
+from autocompress.compress.scales import expanded
 from autocompress.errors import ArtifactError
 from autocompress.plan import LayerPlan, Plan
 
+SCALE = "#scale"
+"""What follows a weight's key in the name of the scales that its levels are multiplied by."""
 _SHORT = ("float16", "bfloat16")
 _MANY = 1 << 18
 """Elements of a file from which it is worth decoding in threads."""
@@ -143,8 +146,23 @@ def unique_state(module: nn.Module) -> dict[str, Tensor]:
 def fill(module: nn.Module, tensors: Mapping[str, Coded | Raw]) -> None:
     """Copy the tensors into the module's state; keys and shapes must fit."""
     with torch.no_grad():
-        for key, target in unique_state(module).items():
+        state = unique_state(module)
+        for key, target in state.items():
             target.copy_(to_tensor(tensors[key]))
+        for key in _scaled(state, tensors):
+            _multiply(state[key], to_tensor(tensors[key + SCALE]))
+
+
+def _scaled(state: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """The keys of weights that have scales."""
+    found = (name.removesuffix(SCALE) for name in names if name.endswith(SCALE) and name not in state)
+    return [key for key in found if key in state]
+
+
+def _multiply(weight: Tensor, scale: Tensor) -> None:
+    """Multiply a weight by its scales: (rows,), or (rows, groups) of columns of the weight as a matrix."""
+    rows = weight.view(len(weight), -1)
+    rows.mul_(expanded(scale.to(weight).view(len(weight), -1), (rows.shape[0], rows.shape[1])))
 
 
 def _bytes_of(path: str | Path) -> bytes:
@@ -218,7 +236,7 @@ def _filled(module: nn.Module, archive: Archive) -> nn.Module:
     size = sum(entry.elements for entry in archive.entries.values())
     threads = torch.get_num_threads() if size > _MANY else 1
     jobs = ((state[name].detach(), entry.dtype, part) for name, entry in archive.entries.items()
-            for part in archive.parts(name))  # fmt: skip
+            if name in state for part in archive.parts(name))  # fmt: skip
     if threads == 1:
         for job in jobs:
             _put(*job)
@@ -226,6 +244,9 @@ def _filled(module: nn.Module, archive: Archive) -> nn.Module:
         with ThreadPoolExecutor(threads) as pool:
             for done in _ahead(pool, jobs, 4 * threads):
                 done.result()
+    with torch.no_grad():
+        for key in _scaled(state, archive.entries):
+            _multiply(state[key], to_tensor(archive.tensor(key + SCALE)))
     return module.eval()
 
 
@@ -264,8 +285,15 @@ def _wholes(header: Mapping[str, Any], model: nn.Module | None, source: str) -> 
 
 def _check_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     wanted = unique_state(module)
+    scaled = _scaled(wanted, shapes)
+    for key in scaled:
+        shape, target = shapes[key + SCALE], wanted[key]
+        columns = target.numel() // max(1, len(target)) if target.dim() > 1 else 0
+        groups = shape[1] if len(shape) == 2 else 1
+        if len(shape) not in (1, 2) or shape[:1] != tuple(target.shape[:1]) or not 1 <= groups <= columns:
+            raise ArtifactError(f"{source} has scales of shape {list(shape)} for {key!r} of shape {list(target.shape)}")
     for key in shapes:
-        if key not in wanted:
+        if key not in wanted and key.removesuffix(SCALE) not in scaled:
             raise ArtifactError(f"{source} holds {key!r}, which the given model does not have")
     for key, target in wanted.items():
         if key not in shapes:

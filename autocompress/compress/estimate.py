@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from autocompress.codec import container, header, leb128, mixed_stream, rans, tables
 from autocompress.codec.jit import Int, Int64s, Words, kernel
 from autocompress.codec.tensors import Coded
-from autocompress.compress import apply, artifact, lowrank, quantize
+from autocompress.compress import apply, artifact, clustering, lowrank, quantize
+from autocompress.compress.clustering import scaled
 from autocompress.compress.factors import Factoriser
+from autocompress.compress.scales import count_groups
 from autocompress.errors import TrialFailed
 from autocompress.plan import LayerPlan, LayerSpec, Plan, check
 
@@ -33,6 +35,8 @@ _OVERHEAD = 6.0
 """Bytes of nearly any stream beside its entropy; ratios are of both together, so that they are tame near nothing."""
 _BITS = (1, 2, 4, 8)
 """Bit-widths of knots."""
+_MORE_BITS = (1, 2, 3, 4, 8)
+"""Of a grid that is not symmetric, whose bytes are set beside those of one that is: half a level apart at 2 bits."""
 _MOST_PRUNED = 0.998
 """The share of weights that the highest threshold of a knot prunes."""
 _MIDDLE = 4
@@ -41,8 +45,6 @@ _APART = (0.1, 0.5, 1.0, 2.0)
 """Thresholds at which the ratios of other bit-widths are set beside that of `_MIDDLE`."""
 _LEAST = 0.1
 """The lowest threshold of a knot but 0, at which there is no zero to spare."""
-_ITERATIONS = 50
-"""Of k-means, as in `quantize.kmeans`."""
 _MOST = 1 << 20
 """Weights of a tensor that are kept in order, and are coded at knots; of more, a sample and some rows."""
 _SMALL = 4096
@@ -120,7 +122,13 @@ class Estimator:
             for index in indices:
                 piece = self._piece(spec, layer, index)
                 name = key if index < 0 else f"{key.removesuffix('weight')}{index}.weight"
-                yield (name, *_told(layer, tensor), piece.shape(layer.rank)), self._coded_bytes(piece, layer, effort)
+                shape = piece.shape(layer.rank)
+                yield (name, *_told(layer, tensor), shape), self._coded_bytes(piece, layer, effort)
+                if scales := _scales(layer, shape):
+                    yield (
+                        (f"{name}{artifact.SCALE}", "raw/max", "bfloat16", scales),
+                        self._scale_bytes(piece, layer, math.prod(scales), effort),
+                    )
 
     def _plain_bytes(self, key: str, short: bool, effort: str) -> int:
         """The stream of a tensor that is no layer's weight, coded once."""
@@ -130,6 +138,15 @@ class Estimator:
             raw = artifact.raw_tensor(tensor.bfloat16() if short else tensor)
             self._plain[at] = container.stream_bytes(raw, effort)
         return self._plain[at]
+
+    def _scale_bytes(self, piece: _Whole | _Factor, layer: LayerPlan, count: int, effort: str) -> int:
+        """The stream of so many scales, from those that were fitted once, at another rank and bit-width maybe."""
+        at = f"{piece.at}{layer.quantizer}{layer.granularity}", False, effort
+        if at not in self._plain:
+            here = replace(layer, bits=_MIDDLE, threshold=0.0, rank=piece.reference)
+            scale = apply.Code(piece.weight(here.rank), here, {}, "").scale()
+            self._plain[at] = 0 if scale is None else container.stream_bytes(scale, effort) * 1000 // scale.array.size
+        return self._plain[at] * count // 1000
 
     def _piece(self, spec: LayerSpec, layer: LayerPlan, index: int) -> _Whole | _Factor:
         """The whole weight for the index -1, else a factor: one of Tucker-2 as it is, since its ranks are not nested.
@@ -189,7 +206,7 @@ class Estimator:
         for at, part in _thresholds(threshold, _APART, _LEAST, piece.sides(piece.reference)[2]):
             here = replace(layer, bits=_MIDDLE, threshold=at, rank=piece.reference)
             log -= part * self._log_at(piece, here, way, effort)
-            for bits, share in _between(layer.bits, _BITS):
+            for bits, share in _between(layer.bits, _BITS if layer.quantizer != "asymmetric" else _MORE_BITS):
                 log += part * share * self._log_at(piece, replace(here, bits=bits), way, effort)
         return log
 
@@ -199,7 +216,7 @@ class Estimator:
         Where both coders are tried the max coder alone is run, whose stream is nearly always the shorter one.
         """
         way = way and layer.bits <= _BITS[-1] and effort != header.FAST
-        key = (*piece.at, layer.bits, layer.threshold, layer.rank, layer.quantizer, way, effort)
+        key = (*piece.at, layer.bits, layer.threshold, layer.rank, layer.quantizer, layer.granularity, way, effort)
         if key not in self._logs:
             weight = piece.weight(layer.rank)
             part = weight[:: max(1, -(-weight.numel() // _MOST))]
@@ -223,6 +240,16 @@ def _told(layer: LayerPlan, tensor: Tensor) -> tuple[str, str]:
     if layer.bits <= _BITS[-1]:
         return ("coded/max" if layer.quantizer == "codebook" else "grid/max"), _name(tensor)
     return "sparse/max" if layer.threshold > 0 else "raw", "float16" if layer.bits == 16 else _name(tensor)
+
+
+def _scales(layer: LayerPlan, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight's scales, () where it has none of its own."""
+    if layer.bits > _BITS[-1] or layer.granularity == "tensor":
+        return ()
+    groups = count_groups(math.prod(shape[1:]), layer.granularity)
+    if groups > 1:
+        return shape[0], groups
+    return shape[:1] if shape[0] > 1 else ()
 
 
 # Weights in order
@@ -270,13 +297,6 @@ def _sample(count: int) -> NDArray[np.int64]:
     return np.arange(count) if count <= _MOST else np.linspace(0, count - 1, _MOST).astype(np.int64)
 
 
-def _scaled(weights: NDArray[Any]) -> tuple[NDArray[np.int64], float]:
-    """Weights as whole numbers whose sum fits 62 bits, and the scale."""
-    largest = float(np.abs(weights).max(initial=0.0))
-    scale = 2.0 ** min(43, 61 - weights.size.bit_length()) / largest if largest else 1.0
-    return np.rint(weights * scale).astype(np.int64), scale
-
-
 class _Whole:
     """A layer's weight as it is."""
 
@@ -311,7 +331,7 @@ class _Whole:
 
     @cached_property
     def _ordered(self) -> _Ordered:
-        every, scale = _scaled(self._weight.double().cpu().numpy().ravel())
+        every, scale = scaled(self._weight.double().cpu().numpy().ravel())
         every.sort()
         values = every[_sample(every.size)]
         sums = np.concatenate([[0], np.cumsum(values)])
@@ -332,7 +352,7 @@ class _Factor:
         self._sides: dict[int | None, tuple[float, float, float]] = {}
         self.reference = self._knots[max(0, len(halves) - 2)]
         weight = self.weight(highest)
-        values, self._scale = _scaled(weight.double().cpu().numpy())
+        values, self._scale = scaled(weight.double().cpu().numpy())
         by_rank = values if at[2] == 0 else np.moveaxis(values, 1, 0)
         flat = np.ascontiguousarray(by_rank).reshape(highest, -1)
         order = np.argsort(flat, axis=None)[_sample(flat.size)]
@@ -448,7 +468,7 @@ def _table_bytes(table: NDArray[np.float32], layer: LayerPlan, effort: str) -> i
     """The bytes of what stands before the symbols."""
     if layer.bits > _BITS[-1]:
         return 0
-    if layer.quantizer == "uniform":
+    if layer.quantizer != "codebook":
         return 8 + len(leb128.write(table.size))
     return len(tables.encode(table, effort != header.FAST))
 
@@ -467,59 +487,13 @@ def _codebook(weights: _Ordered, first: int, last: int, k: int) -> NDArray[np.fl
         distinct = np.unique(np.concatenate([values[:first], values[last:count]]))
         if distinct.size <= k:
             return _in_short(distinct / weights.scale)
-    low = values[0] if first else values[last]
-    high = values[count - 1] if last < count else values[first - 1]
-    centroids = np.linspace(float(low), float(high), k).astype(np.int64)
-    made = lloyd(values, weights.sums, count, first, last, k, _ITERATIONS, centroids)
-    return _in_short(centroids[:made] / weights.scale)
+    return _in_short(clustering.clustered(values, weights.sums, count, first, last, k) / weights.scale)
 
 
 def _in_short(values: NDArray[np.float64]) -> NDArray[np.float32]:
     bits = values.astype(np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
     return rounded.astype(np.uint32).view(np.float32)
-
-
-@kernel
-def lloyd(
-    values: Int64s, sums: Int64s, count: Int, first: Int, last: Int, k: Int, iterations: Int, centroids: Int64s
-) -> Int:
-    """K-means over rising values, those in places first to last - 1 left out; `centroids` in place, their new number.
-
-    As `quantize.kmeans`, sums[i] being the sum of the first i values.
-    """
-    for _ in range(iterations):
-        made = 0
-        changed = 0
-        start = 0
-        for c in range(k):
-            end = count
-            if c < k - 1:
-                middle = (centroids[c] + centroids[c + 1]) >> 1
-                end = start
-                above = count
-                while end < above:
-                    at = (end + above) >> 1
-                    if values[at] > middle:
-                        above = at
-                    else:
-                        end = at + 1
-            size = end - start
-            total = sums[end] - sums[start]
-            if start < last and end > first:
-                size -= min(end, last) - max(start, first)
-                total -= sums[min(end, last)] - sums[max(start, first)]
-            if size > 0:
-                mean = total // size
-                changed |= int(made != c) | int(abs(mean - centroids[c]) > abs(centroids[c]) // 10000000)
-                centroids[made] = mean
-                made += 1
-            start = end
-        changed |= int(made != k)
-        k = made
-        if not changed:
-            break
-    return k
 
 
 def _grid_step(weights: _Ordered, first: int, last: int, bits: int) -> tuple[float, int]:

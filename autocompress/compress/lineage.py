@@ -24,7 +24,8 @@ class State:
     `tensors` holds, by state key of the compressed model, the full float weights (pruned ones as
     they were when they were pruned), all other parameters and buffers, and for each code
     "KEY#unit" (the standard deviation that thresholds count in, that of the weights at first) and
-    "KEY#table" or "KEY#step".
+    "KEY#table" or "KEY#step" (and "KEY#low" of a grid that is not symmetric); "KEY#mask" where a saliency other than
+    magnitude chose the weights that stay.
     """
 
     plan: Plan

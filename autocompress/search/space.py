@@ -78,6 +78,9 @@ class LayerSettings:
     group: str | None = None
     svd: str = "plain"
     errors: tuple[tuple[int, float], ...] = ()
+    saliency: str = "magnitude"
+    rounding: str = "nearest"
+    granularity: str | int = "tensor"
 
     @property
     def owner(self) -> str:
@@ -98,7 +101,8 @@ class LayerSettings:
     def plan(self, params: Mapping[str, float]) -> LayerPlan:
         rank = self.rank_of(params[self.rank.name]) if isinstance(self.rank, Knob) else self.rank
         bits, threshold = int(_value(self.bits, params)), float(_value(self.threshold, params))
-        return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer, svd=self.svd)
+        way = {"saliency": self.saliency, "rounding": self.rounding, "granularity": self.granularity}
+        return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer, svd=self.svd, **way)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

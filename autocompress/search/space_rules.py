@@ -15,7 +15,18 @@ from functools import partial
 from typing import Any, Literal
 
 from autocompress.errors import SpaceError
-from autocompress.plan import BIT_WIDTHS, FLOAT_BITS, PRECISIONS, QUANTIZERS, SCHEMES, SVDS, LayerSpec
+from autocompress.plan import (
+    BIT_WIDTHS,
+    FLOAT_BITS,
+    GRANULARITIES,
+    PRECISIONS,
+    QUANTIZERS,
+    ROUNDINGS,
+    SALIENCIES,
+    SCHEMES,
+    SVDS,
+    LayerSpec,
+)
 from autocompress.search.space import (
     Knob,
     LayerSettings,
@@ -180,6 +191,12 @@ def _group(at: At, value: Any) -> str | None:
     return value
 
 
+def _granularity(at: At, value: Any) -> str | int:
+    if value in GRANULARITIES or (type(value) is int and value >= 1):
+        return value  # type: ignore[no-any-return]
+    raise at.error(value, f"{', '.join(GRANULARITIES)}, or a whole number from 1 up{meant(value, GRANULARITIES)}")
+
+
 _OPTIONS: dict[str, Callable[[At, Any], Any]] = {
     "rank": _ranks,
     "bits": _bits,
@@ -188,6 +205,9 @@ _OPTIONS: dict[str, Callable[[At, Any], Any]] = {
     "quantizer": partial(_choice, allowed=QUANTIZERS),
     "scheme": partial(_choice, allowed=SCHEMES),
     "svd": partial(_choice, allowed=SVDS),
+    "saliency": partial(_choice, allowed=SALIENCIES),
+    "rounding": partial(_choice, allowed=ROUNDINGS),
+    "granularity": _granularity,
 }
 _UNTOUCHED: dict[str, Any] = {
     "rank": _Range(FULL, FULL),
@@ -197,6 +217,9 @@ _UNTOUCHED: dict[str, Any] = {
     "quantizer": QUANTIZERS[0],
     "scheme": SCHEMES[0],
     "svd": SVDS[0],
+    "saliency": SALIENCIES[0],
+    "rounding": ROUNDINGS[0],
+    "granularity": GRANULARITIES[0],
 }
 _FILTERS = {"kind": KINDS, "position": POSITIONS, "size": SIZES}
 _RECIPE: dict[str, _End] = {
@@ -337,7 +360,18 @@ def _layer_settings(spec: LayerSpec, mine: _Settled, errors: Errors | None) -> L
         group=group,
         svd=mine["svd"][0],
         errors=by_rank,
+        saliency=mine["saliency"][0],
+        rounding=mine["rounding"][0],
+        granularity=_granular(mine),
     )
+
+
+def _granular(mine: _Settled) -> str | int:
+    """What has a scale of its own; an error where a table of values has none."""
+    value, rule = mine["granularity"]
+    if value != "tensor" and mine["quantizer"][0] == "codebook" and rule is not None:
+        raise (rule.at / "granularity").error(value, "tensor where quantizer is codebook")
+    return value  # type: ignore[no-any-return]
 
 
 def _setting(name: str, ends: _Range, kind: Literal["int", "float"]) -> Setting:
