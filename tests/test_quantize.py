@@ -1,5 +1,7 @@
 """Codebooks and grids against brute force and the papers' formulas written out."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +205,33 @@ def test_the_share_pruned_of_normal_weights_is_that_of_the_normal_distribution()
     for threshold in (0.5, 1.0, 2.0):
         gone = 1 - prune.magnitude_mask(weight, threshold, weight.std().item()).float().mean().item()
         assert gone == pytest.approx(1 - 2 * NormalDist().cdf(-threshold), abs=0.005)
+
+
+def tables(kind, generator):
+    """Rising tables of several shapes: even, clustered, with equal entries, far from zero."""
+    size = int(torch.randint(2, 257, (), generator=generator))
+    draw = torch.randn(size, generator=generator)
+    return (
+        {"even": draw, "clustered": draw**5, "equal": (4 * draw).round(), "far": 1e4 + 1e-2 * draw}[kind].sort().values
+    )
+
+
+@pytest.mark.parametrize("kind", ["even", "clustered", "equal", "far"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_found_by_cells_are_those_of_a_search(kind, dtype):
+    found = 0
+    for seed in range(25):
+        generator = torch.Generator().manual_seed(seed)
+        table = tables(kind, generator).to(dtype)
+        edges = (table[1:] + table[:-1]) / 2
+        around = table.mean() + 2 * table.std() * torch.randn(3000, generator=generator, dtype=dtype)
+        near = torch.cat([edges, *(torch.nextafter(edges, torch.full_like(edges, s * math.inf)) for s in (-1, 1))])
+        far = torch.tensor([-math.inf, math.inf, -1e30, 1e30], dtype=dtype)
+        weights = torch.cat([around, near, far, table])
+        codes = quantize._by_cells(weights, edges)
+        if codes is not None:
+            assert torch.equal(codes, torch.bucketize(weights, edges))
+            found += 1
+        many = weights.repeat(3)
+        assert torch.equal(quantize.nearest(many, table), torch.bucketize(many, edges))
+    assert found > 5 or kind in ("clustered", "equal", "far")

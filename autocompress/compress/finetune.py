@@ -7,7 +7,7 @@ straight through, the tables and steps by their own rules (`quantize`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from autocompress.plan import LayerSpec, Recipe
 TEMPERATURE = 2.0
 WATCHED = 10
 """Steps between two looks at the losses on a GPU, each of which waits for it; divides `rate.REFRESH`."""
+Loss = Callable[[Any, Any], Tensor]
 Batch = tuple[Any, ...]
 """Inputs, targets, the uncompressed model's outputs (None without distillation), with InfoMax its features (N, d)."""
 
@@ -71,10 +72,14 @@ def finetune(
         _train_mode(model.module)
         while step < until:
             optimiser.zero_grad(set_to_none=True)
+            values = model.substitutes()
+            leaves = values if recipe.accumulation == 1 else _leaves(values)
             for _ in range(recipe.accumulation):
-                value = _forward(model, tap, next(batches), loss, recipe)
+                value = _forward(model, leaves, tap, next(batches), recipe, loss=loss)
                 watch(value, step)
                 scaler.scale(value / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
+            if leaves is not values:
+                _pass_on(leaves, values)
             scaler.unscale_(optimiser)
             charge(step)
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -86,12 +91,25 @@ def finetune(
         yield rung
 
 
+def _leaves(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values cut off from what they come from, where the gradients of several batches gather."""
+    leaves = {id(value): value.detach().requires_grad_(value.requires_grad) for value in values.values()}
+    return {key: leaves[id(value)] for key, value in values.items()}
+
+
+def _pass_on(leaves: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Go on backward from the gradients that have gathered in the leaves: once a step instead of once a batch."""
+    reached = {id(value): key for key, value in values.items() if leaves[key].grad is not None}
+    if reached:
+        keys = reached.values()
+        torch.autograd.backward([values[key] for key in keys], [leaves[key].grad for key in keys])
+
+
 def _forward(
-    model: Compressed, tap: Tap | None, batch: Batch, loss: Callable[[Any, Any], Tensor], recipe: Recipe
+    model: Compressed, substitutes: Mapping[str, Tensor], tap: Tap | None, batch: Batch, recipe: Recipe, *, loss: Loss
 ) -> Tensor:
     """The objective on a batch: the model runs at the recipe's precision, the losses in float32."""
     inputs, targets, guide, *others = batch
-    substitutes = model.substitutes()
     with _at_precision(recipe.precision, model.device), tap or nullcontext():
         outputs = call_with(model.module, substitutes, inputs)
     if recipe.precision != "float32":
@@ -161,9 +179,9 @@ def distillation_loss(outputs: Tensor, guide: Tensor, targets: Any) -> Tensor:
     if axis is None:
         return F.mse_loss(outputs, guide)
     log_p = F.log_softmax(outputs / TEMPERATURE, dim=axis)
-    q = F.softmax(guide / TEMPERATURE, dim=axis)
+    log_q = F.log_softmax(guide / TEMPERATURE, dim=axis)
     positions = outputs.numel() // outputs.shape[axis]
-    return TEMPERATURE**2 * F.kl_div(log_p, q, reduction="sum") / positions
+    return TEMPERATURE**2 * F.kl_div(log_p, log_q, reduction="sum", log_target=True) / positions
 
 
 def _distance(outputs: Any, guide: Any, targets: Any) -> Tensor:

@@ -5,6 +5,7 @@ Notation: w (n,) the weights that are kept, T (k,) the table of values, c (n,) c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from autocompress.compress import clustering
+
+CELLS = 4096
+"""Equal parts of a codebook's range from which a weight's code is found."""
+_CACHED = 1 << 15
+"""Weights at a time whose numbers on the way stay in a processor's cache."""
 
 _SMALL = 4096
 """Weights up to which it is looked for whether they have few distinct values."""
@@ -73,7 +79,35 @@ def grid_step(weights: Tensor, bits: int) -> float:
 
 def nearest(weights: Tensor, table: Tensor) -> Tensor:
     """Codes of the nearest entries of a rising table; int64, the weights' shape."""
-    return torch.bucketize(weights, (table[1:] + table[:-1]) / 2)
+    edges = (table[1:] + table[:-1]) / 2
+    if weights.device.type == "cpu" and weights.numel() > CELLS and len(edges) > 0:
+        codes = _by_cells(weights.flatten(), edges)
+        if codes is not None:
+            return codes.view(weights.shape)
+    return torch.bucketize(weights, edges)
+
+
+def _by_cells(weights: Tensor, edges: Tensor) -> Tensor | None:
+    """What `torch.bucketize` gives, in a time that does not grow with the edges: 3 to 8 times less on a CPU.
+
+    The range of the edges is cut into equal cells. A weight starts from the code at the low end of the cell before
+    its own, which is the right one or one too low where no three neighbouring cells hold two edges, and is compared
+    with the edge above. A cell of margin on either side makes up for rounding. None where edges are closer.
+    """
+    low, high = float(edges[0]), float(edges[-1])
+    scale = (CELLS - 4) / (high - low) if high > low else 1.0
+    if not max(abs(low), abs(high)) * scale < 2**20:  # cells would be as small as rounding errors; NaN
+        return None
+    starts = torch.bucketize(torch.arange(-2, CELLS - 2).to(edges).div_(scale).add_(low), edges)
+    if bool((starts[3:] - starts[:-3] > 1).any()):
+        return None
+    above = torch.cat([edges, edges.new_full((1,), math.inf)])
+    codes = torch.empty_like(weights, dtype=torch.long)
+    for part, found in zip(torch.split(weights, _CACHED), torch.split(codes, _CACHED), strict=True):
+        cells = part.sub(low).mul_(scale).add_(1).clamp_(0, CELLS - 1).long().clamp_(min=0)  # NaN: the first
+        torch.index_select(starts, 0, cells, out=found)
+        found.add_(part > above.index_select(0, found))
+    return codes
 
 
 def to_grid(weights: Tensor, bits: int, step: Tensor) -> Tensor:
@@ -95,7 +129,7 @@ class CodebookWeight(torch.autograd.Function):
         codes = nearest(weights, table)
         ctx.save_for_backward(codes)
         ctx.size = table.numel()
-        return table[codes]
+        return table.index_select(0, codes.flatten()).view(codes.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,16 +148,22 @@ class GridWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, step: Tensor, bits: int) -> Tensor:
         level = to_grid(weights, bits, step)
-        ctx.save_for_backward(weights, level, step)
-        ctx.bits = bits
+        ctx.save_for_backward(weights / step, level)
+        ctx.bits, ctx.shape = bits, step.shape
         return level * step
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        weights, level, step = ctx.saved_tensors
+        u, level = ctx.saved_tensors
         (grad,) = grads
         high = levels(ctx.bits)[1]
-        inside = (weights / step).abs() <= high if ctx.bits > 1 else torch.ones_like(level, dtype=torch.bool)
-        residual = torch.where(inside, level - weights / step, level) if ctx.bits > 1 else level
-        scale = 1.0 / max(1.0, (weights.numel() * high) ** 0.5)
-        return grad * inside, (grad * residual).sum().reshape(step.shape) * scale, None
+        scale = 1.0 / max(1.0, (u.numel() * high) ** 0.5)
+        if ctx.bits == 1:
+            return grad, _inner(grad, level).reshape(ctx.shape) * scale, None
+        inside = (u.abs() <= high).to(u)
+        residual = level.addcmul(u, inside, value=-1)
+        return grad * inside, _inner(grad, residual).reshape(ctx.shape) * scale, None
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return torch.dot(one.flatten(), other.flatten())
