@@ -88,7 +88,7 @@ def nearest(weights: Tensor, table: Tensor) -> Tensor:
 
 
 def _by_cells(weights: Tensor, edges: Tensor) -> Tensor | None:
-    """What `torch.bucketize` gives, in a time that does not grow with the edges: 3 to 10 times less on a CPU from 3 bits up.
+    """What `torch.bucketize` gives, in a time that does not grow with the edges: 3 to 10 times less on a CPU.
 
     The range of the edges is cut into equal cells. A weight starts from the code at the low end of the cell before
     its own, which is the right one or one too low where no three neighbouring cells hold two edges, and is compared
