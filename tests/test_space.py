@@ -308,6 +308,16 @@ def test_optuna_distributions_hold_the_same_ranges():
     }
 
 
+def test_fingerprints_of_studies_on_disk_stay():
+    """The value is that of commit 497ab50, before there were rates, InfoMax, svd and tolerances."""
+    recipe = {"learning_rate": {"low": 3e-4, "high": 3e-3, "log": True}, "distillation": 0.5}
+    source = {"version": 1, "layers": [{"rank": [0.4, 1.0], "bits": [3, 6], "threshold": [0.2, 2.0]}], "recipe": recipe}
+    specs = [LayerSpec("fc1", "linear", (24, 32), 768), LayerSpec("fc2", "linear", (10, 24), 240)]
+    for more in ({}, {"rate": 0}, {"infomax": 0.0}):
+        assert load_space({**source, "recipe": recipe | more}, specs).fingerprint() == "af88591c29128d5b"
+    assert load_space({**source, "recipe": recipe | {"rate": 0.5}}, specs).fingerprint() != "af88591c29128d5b"
+
+
 def test_fingerprint_follows_meaning_not_text():
     base = document({"match": "*", "bits": [2, 5]})
     same = document({"match": ["fc*"], "bits": {"low": 2, "high": 5}}, description="other words")
