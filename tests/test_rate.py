@@ -15,7 +15,7 @@ from autocompress.codec.tensors import Artifact
 from autocompress.compress import apply, finetune, lineage, lowrank, rate
 from autocompress.compress.layers import find_layers
 from autocompress.compress.rate import RatedCode
-from autocompress.errors import PlanError, RecordError
+from autocompress.errors import PlanError, RecordError, TrialFailed
 from autocompress.plan import LayerPlan, Plan, Recipe, check
 
 FIVE = LayerPlan(bits=5, quantizer="uniform")
@@ -150,6 +150,36 @@ def test_a_layer_without_levels_or_zero_is_not_priced():
     rated = compress_rated(1.0, layer=LayerPlan(bits=2)).codes
     assert {"0.weight", "0.bias", "3.weight", "3.bias"} == rated.keys()
     assert not any(isinstance(c, RatedCode) for c in compress(FIVE, FIVE).codes.values())  # no price, no change
+
+
+def test_a_frozen_bias_stays_as_it_is():
+    model = make().eval()
+    model[0].bias.requires_grad_(False)
+    layers = find_layers(model, lambda m: m(X[:1])).layers
+    plan = Plan({s.name: FIVE for s in layers}, Recipe(rate=1.0))
+    made = apply.compress(model, layers, plan, lambda s, k: lowrank.svd(model.get_submodule(s.name).weight, k))
+    assert {"0.weight", "3.weight", "3.bias"} == made.codes.keys()
+
+
+def test_a_bias_that_is_not_finite_is_told():
+    model = make().eval()
+    layers = find_layers(model, lambda m: m(X[:1])).layers
+    with torch.no_grad():
+        model[3].bias[0] = math.nan
+    plan = Plan({s.name: FIVE for s in layers}, Recipe(rate=1.0))
+    with pytest.raises(TrialFailed, match=r"bias '3.bias' holds values that are not finite"):
+        apply.compress(model, layers, plan, lambda s, k: lowrank.svd(model.get_submodule(s.name).weight, k))
+
+
+def test_a_tensor_that_the_loss_reaches_in_some_steps_only_is_charged_in_these():
+    code = RatedCode(torch.linspace(-1, 1, 12).view(3, 4), 4, 0.5, 1.0)
+    charge = rate.Charge([code], 1.0, 1.0, 100)
+    charge(0)  # a layer that was dropped has no gradient
+    assert code.weights.grad is None
+    code.weights.grad, code.log_step.grad = torch.zeros(3, 4), torch.zeros(())
+    charge(1)
+    assert code.weights.grad.any()
+    assert code.log_step.grad
 
 
 def test_factors_are_priced_each():

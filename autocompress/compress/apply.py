@@ -375,11 +375,13 @@ def _rated(weight: Tensor, layer: LayerPlan, learned: Mapping[str, Tensor], key:
 
 
 def _rated_bias(module: nn.Module, key: str, learned: Mapping[str, Tensor]) -> dict[str, RatedCode]:
-    """The code of the bias beside a weight, if there is one: a quarter of the biases' deviation is the first step."""
+    """The code of the bias beside a weight, if one is trained: a quarter of the biases' deviation is the first step."""
     name = f"{key.removesuffix('weight')}bias"
     bias = dict(module.named_parameters()).get(name)
-    if bias is None or bias.dtype != torch.float32:
+    if bias is None or bias.dtype != torch.float32 or not bias.requires_grad:
         return {}
+    if not torch.isfinite(bias).all():
+        raise TrialFailed(f"bias {name!r} holds values that are not finite")
     spread = float(bias.detach().double().square().mean().sqrt())
     step = learned.get(f"{name}#step", max(spread, 1e-3) / 4)
     return {name: RatedCode(bias, BIAS_BITS, step, spread)}

@@ -47,6 +47,7 @@ class RatedCode:
     """
 
     table: Tensor | None = None
+    _pulls: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, weights: Tensor, bits: int, step: Tensor | float, unit: float) -> None:
         self.weights = weights.detach().clone().requires_grad_()
@@ -84,11 +85,12 @@ class RatedCode:
     def charge(self, price: float, anew: bool = True) -> None:
         """Add the gradients of price x R to those of the loss: at the present weights, or as they were at last.
 
-        Anew it is also noted where the loss had gradients.
+        Anew, and at first, it is also noted where the loss had gradients. A tensor that the loss did not reach
+        in this step (a layer that was dropped) is left alone.
         """
         if self.weights.grad is None or self.log_step.grad is None:
             return
-        if anew:
+        if anew or self._pulls is None:
             torch.logical_or(self._heard, self.weights.grad, out=self._heard)
             step = self.step
             u = self.weights / step
