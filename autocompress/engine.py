@@ -322,7 +322,8 @@ def _trainable() -> type:
             try:
                 if self.outcomes is None:
                     plan, start = Plan.from_json(self.job["plan"]), self.job["start"]
-                    state = None if start is None else lineage.unpack(ray.get(start.reference))
+                    source = f"the state of trial {self.job['parent']}"
+                    state = None if start is None else lineage.unpack(ray.get(start.reference), source)
                     self.outcomes = self.run_trial(self.bench, plan, self.budget, self.job["seed"], state)
                     self.left = len(self.budget.rungs) if plan.recipe.epochs > 0 else 1
                 outcome = next(self.outcomes)
@@ -432,7 +433,8 @@ def _adapters(relay: _Relay) -> tuple[Any, Any, Any]:
             if job is None:
                 return Searcher.FINISHED
             start = None if job.start is None else _Shared(ray.put(job.start))
-            return {"number": job.number, "plan": job.plan.to_json(), "seed": job.seed, "start": start}
+            told = {"number": job.number, "seed": job.seed, "parent": job.parent}
+            return {**told, "plan": job.plan.to_json(), "start": start}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             return None

@@ -12,7 +12,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,19 +97,24 @@ class Session:
         return self._record
 
     def next(self) -> Job | None:
-        """The next trial; None when all are there, or the time is over (there is always time for the first)."""
+        """The next trial; None when all are there, or the time is over (there is always time for the first).
+
+        A trial whose parent's state is lost fails here, and the one after it is the next.
+        """
         self.note_homes()
-        if self.late and self.record.trials:
-            return None
-        proposal = self.store.propose(self._states())
-        if proposal is None:
-            return None
-        self._record = None
-        start = None if proposal.parent is None else self._state_of(proposal.parent)
-        self._running[proposal.number] = _Running(time.monotonic(), proposal.origin)
-        job = Job(proposal.number, proposal.plan, proposal.seed, proposal.parent, start)
-        self.listener.started(job)
-        return job
+        while not (self.late and self.record.trials):
+            proposal = self.store.propose(self._states())
+            if proposal is None:
+                return None
+            self._record = None
+            self._running[proposal.number] = _Running(time.monotonic(), proposal.origin)
+            job = Job(proposal.number, proposal.plan, proposal.seed, proposal.parent)
+            self.listener.started(job)
+            try:
+                return job if job.parent is None else replace(job, start=self._state_of(job.parent))
+            except RecordError as error:
+                self.ended(job.number, str(error))
+        return None
 
     def measured(
         self, number: int, measurement: Measurement, artifact: bytes, last: bool, state: bytes | None = None

@@ -65,7 +65,7 @@ def run_here(task, ledger, cluster, trials, rungs, *, trial=None, states=False) 
     while (job := ledger.next()) is not None:
         error = None
         try:
-            start = None if job.start is None else lineage.unpack(job.start)
+            start = None if job.start is None else lineage.unpack(job.start, f"the state of trial {job.parent}")
             for outcome, last in _with_last(run_trial(bench, job.plan, Budget(rungs), job.seed, start)):
                 state = lineage.pack(outcome.state()) if states and last else None
                 ledger.measured(job.number, outcome.measurement, outcome.artifact, last, state)

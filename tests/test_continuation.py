@@ -88,6 +88,41 @@ def test_only_members_with_a_state_are_gone_on_from():
     assert following(trials, SPACE, 1, 0, 3).parent is None
 
 
+def test_what_failed_is_not_tried_again():
+    trials = [failed(1, None, _root := following([], SPACE, 2, 0, 1).params)]
+    second = following(trials, SPACE, 2, 0, 2)
+    assert second.parent is None
+    assert second.params != _root
+    trials.append(seen(2, None, second.params))
+    third = following(trials, SPACE, 2, 0, 3)
+    assert third.parent == 2
+    trials.append(failed(3, 2, third.params))
+    assert following(trials, SPACE, 2, 0, 4).params[RATE] <= second.params[RATE]  # a branch, and no further step
+
+
+def test_when_all_fail_every_trial_begins_anew_elsewhere():
+    trials = []
+    for number in range(1, 8):
+        step = following(trials, SPACE, 2, 0, number)
+        assert step.parent is None
+        assert step.params not in [t.params for t in trials]
+        trials.append(failed(number, None, step.params))
+
+
+def test_a_branch_is_near_its_parent_and_never_pays_more():
+    parent = seen(1, None, {**mild(), RATE: RATES.high}, position=1.0)
+    for number in range(2, 30):
+        step = following([parent, seen(number - 1, 1, parent.params, useful=False)], SPACE, 1, 0, number)
+        assert step.parent == 1
+        assert RATES.high / (RATES.high / RATES.low) ** (1 / (STEPS - 1)) <= step.params[RATE] <= RATES.high
+        layers = {k: v for k, v in step.params.items() if not k.startswith("recipe.")}
+        assert layers == {k: v for k, v in parent.params.items() if not k.startswith("recipe.")}
+
+
+def failed(number, parent, params):
+    return seen(number, parent, params, useful=False, state=False)
+
+
 def mild():
     return {k.name: k.at(0.5) for k in SPACE.knobs}
 
@@ -175,15 +210,32 @@ def test_any_sampler_can_hand_states_on(tmp_path, local, one_thread):  # noqa: F
     assert all(t.parent is None for t in searched(tmp_path, 12, space="mlp").record.trials)
 
 
-def test_a_lost_state_is_told(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
-    from autocompress.errors import RecordError
-    from autocompress.search import study
-    from autocompress.search.continuation import Step
+def test_a_trial_whose_parents_state_is_lost_fails_and_the_search_goes_on(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
+    """A state's folder was deleted while the process was down that had begun trial 3."""
+    from autocompress.session import Session
 
-    searched(tmp_path, 4, sampler="continuation", workers=1, name="lost")
-    parent = next(t for t in api.open_study("lost", dir=tmp_path / "runs").record.front if t.number).number
-    middle = {**{k.name: k.at(0.5) for k in SPACE.knobs}}
-    monkeypatch.setattr(study, "following", lambda *_: Step(middle, 999))
-    with pytest.raises(RecordError, match="the state of trial 999 cannot be read"):
-        api.resume("lost", trials=5, dir=tmp_path / "runs")
-    assert parent
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    searched(tmp_path, 3, sampler="continuation", workers=1, name="lost")
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_state_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            api.resume("lost", trials=6, dir=tmp_path / "runs")
+    for file in (tmp_path / "runs" / "studies" / "lost" / "states").iterdir():
+        file.unlink()
+    *_, trial, after, last = api.resume("lost", trials=6, dir=tmp_path / "runs").record.trials
+    assert (trial.number, trial.state, trial.parent) == (3, "failed", 2)
+    assert trial.error.startswith("the state of trial 2 cannot be read from")
+    assert (after.state, after.parent) == ("complete", None)
+    assert (last.state, last.parent) == ("complete", 4)
+
+
+def test_a_damaged_state_fails_the_trial_that_needs_it_and_the_chain_branches_off(tmp_path, local, one_thread):  # noqa: F811
+    searched(tmp_path, 4, sampler="continuation", workers=1, name="damaged")
+    file = tmp_path / "runs" / "studies" / "damaged" / "states" / "trial-0003.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    record = api.resume("damaged", trials=7, dir=tmp_path / "runs").record
+    assert (record.trials[4].state, record.trials[4].parent) == ("failed", 3)
+    assert record.trials[4].error.startswith("the state of trial 3 is damaged: ")
+    assert [t.state for t in record.trials if t.number > 3 and t.parent != 3] == ["complete"]

@@ -1,6 +1,7 @@
 """The study on disk: proposals, results, crashes, samplers, and what Optuna itself reads of it."""
 
 import errno
+import json
 import random
 import sqlite3
 from pathlib import Path
@@ -407,3 +408,36 @@ def test_a_path_may_hold_anything(tmp_path):
 def test_an_unknown_sampler_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"sampler is 'foo', allowed: tpe, nsga2"):
         create(tmp_path, sampler="foo")
+
+
+def test_a_study_from_before_rates_and_states_goes_on(tmp_path):
+    """Its JSON lacks what came later, in settings and in plans."""
+    store = create(tmp_path, 8, space="mlp")
+    run(store, 6)
+    assert store.propose().number == 6
+    with sqlite3.connect(store.file) as connection:
+        for kind, key in (("study", "autocompress"), ("trial", "plan")):
+            table, column = f"{kind}_user_attributes", f"{kind}_user_attribute_id"
+            rows = connection.execute(f"SELECT {column}, value_json FROM {table} WHERE key = ?", (key,)).fetchall()
+            for row, text in rows:
+                value = json.loads(text)
+                for name in ("inherit", "sweep", "rate", "infomax", "precision", "accumulation"):
+                    value.get("recipe", value).pop(name, None)
+                connection.execute(f"UPDATE {table} SET value_json = ? WHERE {column} = ?", (json.dumps(value), row))
+    connection.close()
+    before = store.record()
+    again = begin(reopened(store), 8)
+    assert again.record().trials == before.trials
+    assert not again.settings.inherit
+    assert run(again) == [6, 7]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_continuation_goes_on_while_the_baseline_runs_and_after_it_failed(tmp_path, failed):
+    store = create(tmp_path, 8, sampler="continuation", space="continuation", steps=0)
+    assert [store.propose().number for _ in range(3)] == [0, 1, 2]
+    if failed:
+        store.finish(0, [], state="failed", error="the worker process died")
+    store.finish(1, [Measurement(0, 2.0, 900, 0.9, 10, 0.1)], state="complete", sha256="1")
+    proposal = store.propose(states=[1])
+    assert (proposal.number, proposal.parent) == (3, 1)

@@ -27,7 +27,7 @@ STEPS = 12
 class Seen:
     """A trial so far: its parameters and parent, whether it runs, is worth going on from, and has a state to do so.
 
-    `position` is the logarithm of its size.
+    `position` is the logarithm of its size. One that failed counts too, as neither: what failed is not tried again.
     """
 
     number: int

@@ -296,12 +296,12 @@ class StudyStore:
                 parent=t.parent,
                 params=self._params[t.number],
                 running=t.state == "running",
-                useful=t.number in front and record.relative_drop(t) <= limit,
+                useful=t.number in front and (record.baseline is None or record.relative_drop(t) <= limit),
                 open=t.number in states,
                 position=math.log(t.best.size_bytes) if t.best else 0.0,
             )
             for t in record.trials
-            if t.number and t.state != "failed"
+            if t.number
         ]
         step = following(seen, self._space, self.workers, self.settings.seed, len(record.trials))
         return _Found(self._space.plan(step.params, self.settings.epochs), step.params, CONTINUATION, None, step.parent)
