@@ -274,3 +274,11 @@ def test_weights_that_end_between_two_knots(threshold):
     svds = lambda spec, scheme: lowrank.svd(model[0].weight, scheme)  # noqa: E731
     data = artifact.write(model, plan, apply.compress(model, layers, plan, svds).encode(), "test")
     assert Estimator(model, layers, svds, "test").size_bytes(plan) == pytest.approx(len(data), rel=0.03)
+
+
+@pytest.mark.parametrize("layer", [LayerPlan(bits=2), LayerPlan(bits=4, threshold=1.0), LayerPlan(bits=6, rank=8)])
+def test_under_a_rate_layers_lie_on_a_grid(layer):
+    model, specs = made(lambda: nn.Sequential(nn.Linear(64, 80), nn.ReLU(), nn.Linear(80, 70)), (64,))
+    plan = Plan({s.name: layer for s in specs}, Recipe(rate=1.0))
+    found, real = Estimator(model, specs, svds(model), VERSION).size_bytes(plan), written(model, specs, plan)
+    assert real <= found <= 1.07 * real

@@ -299,12 +299,12 @@ def compress(
         key
         for key, layer in plans.items()
         if solve.is_calibrated(layer)
-        and not _is_rated(plan, layer)
+        and not is_rated(plan, layer)
         and (start is None or learned[key] is not start.tensors)
     }
     for key, layer in plans.items():
         weight = module.get_parameter(key)
-        if _is_rated(plan, layer):
+        if is_rated(plan, layer):
             codes[key] = _rated(weight, layer, learned[key], key)
             codes |= _rated_bias(module, key, learned[key])
         elif key not in looked_at:
@@ -359,7 +359,7 @@ def unit_of(weight: Tensor, start: Mapping[str, Tensor], key: str) -> float:
     return float(weight.detach().double().std(correction=0)) if unit is None else float(unit)
 
 
-def _is_rated(plan: Plan, layer: LayerPlan) -> bool:
+def is_rated(plan: Plan, layer: LayerPlan) -> bool:
     """Whether a layer's bits are priced: it must have levels, with a zero among them."""
     return plan.recipe.rate > 0 and 2 <= layer.bits <= 8
 
@@ -413,7 +413,7 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
 def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:
     """What of a state's "#" entries fits a layer under the plan that goes on from it."""
     old, new = start.plan.layers[name], plan.layers[name]
-    if old == new and _is_rated(start.plan, old) == _is_rated(plan, new):
+    if old == new and is_rated(start.plan, old) == is_rated(plan, new):
         return start.tensors
     whole = old.rank is None and new.rank is None
     if whole or old.factorisation == new.factorisation:

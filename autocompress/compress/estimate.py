@@ -84,6 +84,7 @@ class Estimator:
     def size_bytes(self, plan: Plan) -> int:
         """About the bytes of the file that a trial of the plan writes before finetuning.
 
+        Under a rate somewhat more than these: biases are counted as bfloat16, not as codes.
         Raises PlanError for a plan that the layers cannot carry out, and TrialFailed for weights that are not finite.
         """
         check(plan, self._specs)
@@ -91,7 +92,7 @@ class Estimator:
         plan = replace(plan, layers=settled)
         effort = container.settled(self._effort, sum(self._elements(plan)))
         rows, lengths = [], []
-        for row, length in self._tensors(plan, effort):
+        for row, length in self._tensors(_as_coded(plan), effort):
             rows.append(row)
             lengths.append(length)
         told = artifact.described_plan(plan, self._version) | self._head
@@ -229,6 +230,12 @@ class Estimator:
                 real = container.stream_bytes(coded, header.MAX if effort == container.AUTO else effort)
             self._logs[key] = math.log(max(1, real) / base)
         return self._logs[key]
+
+
+def _as_coded(plan: Plan) -> Plan:
+    """The plan with the quantizer that its layers get: under a rate, all that have levels lie on a grid."""
+    layers = {k: replace(la, quantizer="uniform") if apply.is_rated(plan, la) else la for k, la in plan.layers.items()}
+    return replace(plan, layers=layers)
 
 
 def _name(tensor: Tensor) -> str:
