@@ -67,3 +67,8 @@ def test_summary_loses_no_value(bench):
 @pytest.mark.parametrize(("trials", "steps"), [(1, 0), (2, 1), (6, 2), (12, 4), (40, 10), (1000, 10)])
 def test_ladder_takes_a_third_at_most(trials, steps):
     assert preflight.uniform_steps(trials) == steps
+
+
+def test_a_sweep_takes_a_chain_per_worker_and_at_most_two_thirds_of_the_trials():
+    assert [preflight.sweep_trials(40, workers) for workers in (1, 2, 8)] == [12, 24, 26]
+    assert [preflight.sweep_trials(trials, 8) for trials in (1, 2, 3, 4)] == [0, 0, 1, 2]

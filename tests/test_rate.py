@@ -113,6 +113,43 @@ def test_silent_rows_and_columns_are_cleared_and_nothing_else():
     assert code.weights.any()
 
 
+def charged(charge, code, step, grad=0.0):
+    """The gradients of the weights and of the step's logarithm after a step in which the loss gave `grad`."""
+    code.weights.grad = torch.zeros_like(code.weights) + grad
+    code.log_step.grad = torch.zeros_like(code.log_step)
+    charge(step)
+    return code.weights.grad - grad, code.log_step.grad
+
+
+def test_the_price_goes_over_to_the_new_one_within_the_ramp():
+    code = RatedCode(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4), 4, 0.3, 1.0)
+    charge = rate.Charge([code], 4.0, 1.0, 200)
+    first = charged(charge, code, 0)
+    for step, price in ((30, 2.5), (60, 4.0), (199, 4.0)):
+        for found, begun in zip(charged(charge, code, step), first, strict=True):
+            torch.testing.assert_close(found, begun * price)
+
+
+def test_slopes_are_kept_for_a_few_steps_and_then_taken_anew():
+    code = RatedCode(torch.linspace(-1, 1, 12).view(3, 4), 4, 0.3, 1.0)
+    charge = rate.Charge([code], 1.0, 1.0, 100)
+    first = charged(charge, code, 0)
+    code.weights.data.neg_()
+    assert all(map(torch.equal, charged(charge, code, rate.HELD - 1), first))
+    torch.testing.assert_close(charged(charge, code, rate.HELD)[0], -first[0])
+
+
+def test_silent_rows_are_cleared_after_some_hundred_steps_of_a_finetuning():
+    code = RatedCode(torch.ones(3, 4), 4, 0.5, 1.0)
+    charge = rate.Charge([code], 1.0, 1.0, 1000)
+    heard = torch.tensor([[1.0], [1.0], [0.0]])
+    for step in range(rate.SILENT):
+        charged(charge, code, step, heard)
+    assert code.weights.all()
+    charged(charge, code, rate.SILENT, heard)
+    assert code.weights.all(1).tolist() == [True, True, False]
+
+
 def finetuned(price, epochs=20.0):
     model = compress_rated(price)
     recipe = Recipe(epochs, 1e-2, 0.0, price)
