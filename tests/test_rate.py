@@ -111,6 +111,11 @@ def test_silent_rows_and_columns_are_cleared_and_nothing_else():
     assert torch.equal(code.weights.detach(), torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]))
     code.clear_silent()  # nothing was heard at all since: the tensor is not in use
     assert code.weights.any()
+    code.weights.grad = torch.zeros(3, 4)
+    code.weights.grad[0, :3] = 1.0
+    code.charge(1e-3)
+    code.clear_silent()  # what was heard before counts no longer
+    assert code.weights.any(1).tolist() == [True, False, False]
 
 
 def charged(charge, code, step, grad=0.0):

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from test_study import SPECS, begin, settings
@@ -156,6 +157,36 @@ def test_the_row_is_there_before_older_files_go(tmp_path, monkeypatch):
     assert set(files(made)) == {0, 1, 2}
     record = StudyStore.open(made.store.file).record()
     assert [t.number for t in record.front] == [2, 0]
+
+
+def test_a_state_stays_while_a_trial_runs_that_goes_on_from_it(tmp_path):
+    """Also when the parent left the front, and after a kill."""
+    made = session(tmp_path)
+    for _ in range(3):
+        made.next()
+
+    def finish(number, size, metric):
+        made.measured(number, rung(0, size, metric), b"file", True, b"state %d" % number)
+        made.ended(number, None)
+
+    def states():
+        return {int(path.stem[6:]) for path in made.records.state("s", 0).parent.iterdir()}
+
+    finish(0, 1000, 0.9)
+    finish(1, 500, 0.8)
+    assert states() == {1}  # the baseline has none
+    made.store._trials[2] = replace(made.store._trials[2], parent=1)
+    made._record = None
+    made.next()
+    finish(3, 400, 0.85)
+    assert states() == {1, 3}
+    del made._running[2]  # as after a kill: it is running in the record alone
+    made.drop_artifacts()
+    assert states() == {1, 3}
+    made.store.finish(2, [], state="failed", error="killed")
+    made._record = None
+    made.drop_artifacts()
+    assert states() == {3}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
