@@ -255,6 +255,19 @@ def test_a_state_goes_through_its_file_and_training_goes_on_from_it():
     assert same > 0.98
 
 
+def test_what_a_changed_plan_takes_over_of_a_state():
+    state = finetuned(0.3, 2.0).state()
+    unit, step = state.tensors["0.weight#unit"], state.tensors["0.weight#step"]
+    assert unit != pytest.approx(state.tensors["0.weight"].double().std(correction=0).item())
+    same = compress_rated(0.3, state).codes["0.weight"]
+    narrower = compress_rated(0.3, state, LayerPlan(bits=4)).codes["0.weight"]
+    unpriced = compress_rated(0.0, state).codes["0.weight"]
+    assert same.unit == narrower.unit == unpriced.unit == unit
+    assert same.step.item() == pytest.approx(step.item())
+    assert narrower.step.item() != pytest.approx(step.item())
+    assert unpriced.step.item() != pytest.approx(step.item())
+
+
 def test_a_damaged_state_is_told():
     data = lineage.pack(finetuned(0.3, 1.0).state())
     for broken in (b"", data[:40], data[:-3], b"\xff" * 8 + data[8:]):
