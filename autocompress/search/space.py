@@ -56,6 +56,7 @@ class Knob:
         return FloatDistribution(self.low, self.high, log=self.log)
 
 
+_ADDED_TO_LAYERS = (("svd", "plain"), ("saliency", "magnitude"), ("rounding", "nearest"), ("granularity", "tensor"))
 _ADDED = (("rate", 0.0), ("infomax", 0.0))
 """Settings that recipes once lacked: fingerprints leave them out at these values, so that old studies go on."""
 Setting = Knob | float
@@ -174,7 +175,7 @@ class Space:
     def fingerprint(self) -> str:
         """16 hex digits that change with any knob or fixed value, and with nothing else."""
         layers = [asdict(layer) | {"spec": layer.spec.label} for layer in self.layers]
-        layers = [{k: v for k, v in la.items() if k != "errors" and (k, v) != ("svd", "plain")} for la in layers]
+        layers = [{k: v for k, v in la.items() if k != "errors" and (k, v) not in _ADDED_TO_LAYERS} for la in layers]
         recipe = {name: asdict(s) if isinstance(s, Knob) else s for name, s in self.recipe.items()}
         recipe = {k: v for k, v in recipe.items() if (k, v) not in _ADDED}
         text = json.dumps([layers, recipe], sort_keys=True)
