@@ -23,6 +23,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 FLOAT_BITS = 32
 BIT_WIDTHS = (*range(1, 9), 16, FLOAT_BITS)
 """1 to 8: that many bits of code into a table; 16: float16; 32: the weights as they are."""
+ACTIVATION_BITS = (4, 8, FLOAT_BITS)
 CODED_BITS = 8
 """Up to these weights are codes."""
 SHORT_BITS = 16
@@ -128,6 +129,7 @@ class LayerPlan:
     `rounding` "hessian" minimises the error of the layer's outputs; `granularity` is what has a scale of its own: the
     tensor, a channel (an output's row), or so many consecutive weights of a row. Saliency and rounding but the first
     ones look at the training data; under a `Recipe.rate`, which prunes and rounds by itself, they have no effect.
+    `activation_bits`, one of `ACTIVATION_BITS`, are those of the layer's inputs; 32 leaves them as they are.
     """
 
     rank: int | None = None
@@ -140,6 +142,7 @@ class LayerPlan:
     saliency: str = "magnitude"
     rounding: str = "nearest"
     granularity: str | int = "tensor"
+    activation_bits: int = FLOAT_BITS
 
     @property
     def factorisation(self) -> tuple[Any, ...]:
@@ -265,6 +268,9 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
     _within(where, "threshold", plan.threshold, 0.0, math.inf)
     if plan.svd not in SVDS:
         raise PlanError(f"{where}: svd is {plan.svd!r}, allowed: {', '.join(SVDS)}")
+    if plan.activation_bits not in ACTIVATION_BITS:
+        allowed = ", ".join(map(str, ACTIVATION_BITS))
+        raise PlanError(f"{where}: activation_bits is {plan.activation_bits}, allowed: {allowed}")
     if plan.core is not None:
         _check_core(where, plan, spec)
     if plan.saliency not in SALIENCIES:

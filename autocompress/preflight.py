@@ -136,7 +136,15 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = apply.compress(bench.model, bench.layers, plan, bench.svd, factoriser=bench.factoriser)
+            model = apply.compress(
+                bench.model,
+                bench.layers,
+                plan,
+                bench.svd,
+                factoriser=bench.factoriser,
+                grids=bench.grids,
+                calibration=lambda: bench.calibration,
+            )
             _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))
             share = plan.recipe.accumulation / bench.steps_per_epoch
             recipe = replace(plan.recipe, epochs=(_WARM + _TIMED) * share)

@@ -26,6 +26,7 @@ from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.infomax import Tap, last_layer
 from autocompress.compress.layers import Inventory, find_layers, macs_of
 from autocompress.compress.lineage import State
+from autocompress.compress.ranges import Grids, sample
 from autocompress.compress.recalibrate import BATCHES, recalibrate
 from autocompress.compress.responses import Inputs, gather
 from autocompress.compress.structure import float_tensors, map_tensors
@@ -181,6 +182,15 @@ class Workbench:
         """Of the uncompressed model's layers' inputs, by layer name; computed once."""
         with preserved(0):
             return calibrate.gather(self.model, self.layers, [self.calibration], call_model)
+
+    @cached_property
+    def grids(self) -> Grids:
+        """The ranges of layers' inputs by layer and bits, fitted to the uncompressed model's, each once."""
+        return Grids(self._sampled)
+
+    def _sampled(self) -> Mapping[str, Tensor]:
+        with preserved(0):
+            return sample(self.model, self.layers, [self.calibration], call_model)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -348,6 +358,7 @@ def _outcomes(
         bench.svd,
         start,
         factoriser=bench.factoriser,
+        grids=bench.grids,
         calibration=lambda: bench.calibration,
     )
     epochs = recipe.epochs
@@ -360,7 +371,8 @@ def _outcomes(
     for rung, epoch in enumerate(reached):
         if model.codes:
             bench.recalibrate(model)
-        data = artifact.write(bench.task.model, model.plan, model.encode(), autocompress.__version__, effort)
+        tensors, grids = model.encode(), model.grids()
+        data = artifact.write(bench.task.model, model.plan, tensors, autocompress.__version__, effort, grids=grids)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         metric = evaluate(bench.task, decoded, "val")
         numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, model.plan), time.monotonic() - began)

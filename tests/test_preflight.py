@@ -72,3 +72,11 @@ def test_ladder_takes_a_third_at_most(trials, steps):
 def test_a_sweep_takes_a_chain_per_worker_and_at_most_two_thirds_of_the_trials():
     assert [preflight.sweep_trials(40, workers) for workers in (1, 2, 8)] == [12, 24, 26]
     assert [preflight.sweep_trials(trials, 8) for trials in (1, 2, 3, 4)] == [0, 0, 1, 2]
+
+
+def test_plans_that_look_at_the_training_data_are_timed_too(bench):
+    layers = [{"bits": 4, "rounding": "hessian", "quantizer": "uniform", "activation_bits": 8}]
+    space = load_space({"version": 1, "layers": layers}, bench.layers)
+    found = preflight.preflight(bench, space, trials=3, workers=1, threads=1, epochs=0.5, rungs=2, startup=False)
+    assert not found.problem
+    assert found.seconds > 0

@@ -541,3 +541,45 @@ def test_module_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_activation_bits_are_places_among_the_choices_to_a_sampler():
+    layers = [{"bits": [2, 5], "activation_bits": [4, 32]}, {"match": "fc3", "activation_bits": 8}]
+    space = load_space({"version": 1, "layers": layers}, MLP)
+    knobs = {knob.name: knob for knob in space.knobs}
+    assert (knobs["fc1.activation_bits"].low, knobs["fc1.activation_bits"].high) == (0, 2)
+    assert "fc3.activation_bits" not in knobs
+    params = {name: knob.low for name, knob in knobs.items()} | {"fc2.activation_bits": 2}
+    plan = space.plan(params, 1.0)
+    assert [plan.layers[name].activation_bits for name in ("fc1", "fc2", "fc3")] == [4, 32, 8]
+    check(plan, MLP)
+    assert space.params_for(plan) == params
+
+
+def test_a_ladder_goes_from_wide_to_narrow_activations():
+    space = load_space({"version": 1, "layers": [{"activation_bits": [4, 32]}]}, MLP)
+    plans = [space.plan(params, 1.0) for params in ladder(space, MLP, 3)]
+    assert [plan.layers["fc1"].activation_bits for plan in plans] == [32, 8, 4]
+
+
+def test_a_space_without_activation_bits_keeps_its_fingerprint():
+    plain, told, other = (
+        load_space({"version": 1, "layers": [{"bits": [2, 4]} | more]}, MLP).fingerprint()
+        for more in ({}, {"activation_bits": 32}, {"activation_bits": [8, 32]})
+    )
+    assert plain == told != other
+    old = {"version": 1, "layers": [{"bits": 4, "rank": [0.2, 1.0]}]}
+    assert load_space(old, MLP).fingerprint() == "d4917bc596269f04"  # before there were any of the later options
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (7, r"layers\[0\].activation_bits is 7, allowed: 4, 8, 32, or a range"),
+        ([8, 4], "allowed: the low end first"),
+        ([8, 16], r"activation_bits\[1\] is 16, allowed: 4, 8, 32"),
+    ],
+)
+def test_bad_activation_bits_are_named(value, said):
+    with pytest.raises(SpaceError, match=said):
+        load_space({"version": 1, "layers": [{"activation_bits": value}]}, MLP)

@@ -18,18 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.codec.tensors import Coded, Raw, grid_table
-from autocompress.compress import calibrate, lowrank, prune, quantize, scales, solve
+from autocompress.compress import calibrate, lowrank, prune, quantize, ranges, scales, solve
 from autocompress.compress.artifact import SCALE, raw_tensor, unique_state
+from autocompress.compress.calibrate import is_layer
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.lineage import State
 from autocompress.compress.prepare import prepare
+from autocompress.compress.ranges import Range
 from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
-from autocompress.errors import TrialFailed
-from autocompress.plan import SHORT_BITS, LayerPlan, LayerSpec, Plan
+from autocompress.errors import PlanError, TrialFailed
+from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
+GridSource = Callable[[LayerSpec, int], ranges.Grid]
 SvdSource = Callable[[LayerSpec, str], lowrank.Svd]
 
 
@@ -185,7 +188,8 @@ class Compressed:
     """A model under a plan, ready for finetuning and encoding.
 
     `module` is a copy with factorised layers; `codes` maps its state keys to their codes (one for
-    all the names of a shared weight); `paid` is the rate that the weights were trained under before.
+    all the names of a shared weight); `paid` is the rate that the weights were trained under before;
+    `ranges` holds, by layer name, the range that its inputs pass through.
     """
 
     def __init__(
@@ -195,14 +199,21 @@ class Compressed:
         codes: Mapping[str, Code | RatedCode],
         aliases: Mapping[str, str],
         paid: float = 0.0,
+        *,
+        ranges: Mapping[str, Range] | None = None,
     ) -> None:
         self.module, self.plan, self.codes, self.aliases, self.paid = module, plan, codes, aliases, paid
+        self.ranges = dict(ranges or {})
         self.shortened = shortened(module, plan) - codes.keys()
 
     @property
     def device(self) -> torch.device:
         """Where the module is."""
         return next(self.module.parameters()).device
+
+    def grids(self) -> dict[str, ranges.Grid]:
+        """The ranges of layers' inputs as a file carries them, by layer name."""
+        return {name: found.grid() for name, found in self.ranges.items()}
 
     def substitutes(self) -> dict[str, Tensor]:
         """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
@@ -247,6 +258,7 @@ class Compressed:
                 tensors[f"{key}#low"] = code.low.clone()
             if isinstance(code, Code) and code.chosen:
                 tensors[f"{key}#mask"] = code.mask()
+        tensors |= {f"{name}#act": found.state() for name, found in self.ranges.items()}
         return State(self.plan, tensors)
 
 
@@ -259,6 +271,7 @@ def compress(
     *,
     factoriser: Factoriser | None = None,
     calibration: Callable[[], Any] | None = None,
+    grids: GridSource | None = None,
 ) -> Compressed:
     """A compressed copy of the model; the model itself is not touched.
 
@@ -266,6 +279,7 @@ def compress(
     `scheme` may ask for besides (without one, every svd is plain); the result's plan has schemes settled.
     With `start`, weights go on from that state instead: factors of the same rank, scheme and svd as they are, others
     made anew; tables and steps as they are where the layer's plan is the same, else fitted anew.
+    `grids(spec, bits)` gives the first range of a layer's inputs; only plans with few activation bits need it.
     `calibration()` gives a batch of inputs, with which layers are looked at whose saliency or rounding asks for it
     (`prepare`); from a state of another plan they are solved anew. Raises TrialFailed for weights that are not
     finite, and where there is no calibration.
@@ -319,7 +333,29 @@ def compress(
         for key, tensor in module.state_dict(keep_vars=True).items()
         if first.get(id(tensor), key) != key and first[id(tensor)] in codes
     }
-    return Compressed(module, plan, codes, aliases, 0.0 if start is None else start.plan.recipe.rate)
+    found = _ranges(module, specs, plan, start, grids)
+    return Compressed(module, plan, codes, aliases, 0.0 if start is None else start.plan.recipe.rate, ranges=found)
+
+
+def _ranges(
+    module: nn.Module, specs: Sequence[LayerSpec], plan: Plan, start: State | None, grids: GridSource | None
+) -> dict[str, Range]:
+    """The ranges of the layers whose inputs get few bits, attached to the module's layers."""
+    found: dict[str, Range] = {}
+    for spec in specs:
+        bits = plan.layers[spec.name].activation_bits
+        if bits == FLOAT_BITS:
+            continue
+        if grids is None:
+            raise PlanError(f"layer {spec.label!r}: activation_bits is {bits}, allowed: 32 (no inputs to calibrate on)")
+        device = next((parameter.device for parameter in module.get_submodule(spec.name).parameters()), None)
+        made = Range(grids(spec, bits), device)
+        if start is not None and start.plan.layers[spec.name].activation_bits == bits:
+            made.with_state(start.tensors[f"{spec.name}#act"])
+        others = [path for path in spec.shared_with if is_layer(module.get_submodule(path))]
+        ranges.attach(module, spec.name, made, others)
+        found[spec.name] = made
+    return found
 
 
 def _calibrated(
@@ -413,7 +449,7 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
 def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:
     """What of a state's "#" entries fits a layer under the plan that goes on from it."""
     old, new = start.plan.layers[name], plan.layers[name]
-    if old == new and is_rated(start.plan, old) == is_rated(plan, new):
+    if replace(old, activation_bits=new.activation_bits) == new and is_rated(start.plan, old) == is_rated(plan, new):
         return start.tensors
     whole = old.rank is None and new.rank is None
     if whole or old.factorisation == new.factorisation:

@@ -18,8 +18,9 @@ from autocompress.codec import container
 from autocompress.codec.container import Archive, Part
 from autocompress.codec.header import Entry
 from autocompress.codec.tensors import Artifact, Coded, Raw
-from autocompress.compress import architecture, lowrank
+from autocompress.compress import architecture, lowrank, ranges
 from autocompress.compress import runtime as runtimes
+from autocompress.compress.calibrate import is_layer
 from autocompress.compress.scales import expanded
 from autocompress.errors import ArtifactError
 from autocompress.plan import LayerPlan, Plan
@@ -49,13 +50,19 @@ def to_tensor(entry: Coded | Raw) -> Tensor:
 
 
 def write(
-    model: nn.Module, plan: Plan, tensors: Mapping[str, Coded | Raw], version: str, effort: str = container.AUTO
+    model: nn.Module,
+    plan: Plan,
+    tensors: Mapping[str, Coded | Raw],
+    version: str,
+    effort: str = container.AUTO,
+    *,
+    grids: Mapping[str, ranges.Grid] | None = None,
 ) -> bytes:
     """The file's bytes. `model` is the uncompressed one: its architecture goes in where it is a standard tree.
 
-    `effort` is one of `container.EFFORTS`.
+    `effort` is one of `container.EFFORTS`, `grids` the ranges of layers' inputs by layer name.
     """
-    header = described_plan(plan, version) | described_model(model)
+    header = described_plan(plan, version) | described_model(model) | described_grids(grids or {})
     return container.pack(Artifact(tensors, header), effort)
 
 
@@ -68,6 +75,12 @@ def described_plan(plan: Plan, version: str) -> dict[str, Any]:
     }
     plans = {name: [layer.bits, round(layer.threshold, 6)] for name, layer in plan.layers.items()}
     return {"made_by": version, "ranks": ranks, "plan": plans}
+
+
+def described_grids(grids: Mapping[str, ranges.Grid]) -> dict[str, Any]:
+    """What a file's header says of layers' inputs: nothing where they are floats."""
+    told = {name: [grid.bits, grid.scale, grid.zero_point] for name, grid in grids.items()}
+    return {"activations": told} if told else {}
 
 
 def described_model(model: nn.Module) -> dict[str, Any]:
@@ -122,7 +135,8 @@ def load(
     with _named(path):
         module = _filled(module, archive)
     wholes = _wholes(archive.header, model, source) if runtime in ("dense", "auto") else {}
-    return runtimes.arranged(module, wholes, runtime, batch=batch, example=example)
+    module = runtimes.arranged(module, wholes, runtime, batch=batch, example=example)
+    return _with_grids(module, archive.header, source)
 
 
 def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "artifact") -> nn.Module:
@@ -130,7 +144,7 @@ def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "a
     shapes = {name: tensor.shape for name, tensor in artifact.tensors.items()}
     module = _ready(_skeleton(artifact.header, shapes, model, source), artifact.tensors)
     fill(module, artifact.tensors)
-    return module.eval()
+    return _with_grids(module.eval(), artifact.header, source)
 
 
 def unique_state(module: nn.Module) -> dict[str, Tensor]:
@@ -322,6 +336,38 @@ def _ranks(header: Mapping[str, Any], source: str) -> dict[str, LayerPlan]:
             case _:
                 raise ArtifactError(f"{source} is damaged: rank of {name!r} is {value!r}")
     return result
+
+
+def _grids(header: Mapping[str, Any], source: str) -> dict[str, ranges.Grid]:
+    """The ranges of layers' inputs, by layer name."""
+    told = header.get("activations", {})
+    if not isinstance(told, dict):
+        raise ArtifactError(f"{source} is damaged: its activations are no table")
+    result = {}
+    for name, value in told.items():
+        match value:
+            case [int(bits), int() | float() as scale, int(zero)] if (
+                not any(isinstance(each, bool) for each in value)
+                and 1 <= bits <= 16
+                and 1e-30 < scale < 1e30
+                and 0 <= zero < 1 << bits
+            ):
+                result[name] = ranges.Grid(bits, float(scale), zero)
+            case _:
+                raise ArtifactError(f"{source} is damaged: activations of {name!r} are {value!r}")
+    return result
+
+
+def _with_grids(module: nn.Module, header: Mapping[str, Any], source: str) -> nn.Module:
+    """The module, layers' inputs passing through the ranges that the header has for them.
+
+    Of a shared weight every layer gets its range.
+    """
+    for name, grid in _grids(header, source).items():
+        weight = getattr(_layer(module, name, source), "weight", None)
+        same = [path for path, other in module.named_modules() if is_layer(other) and other.weight is weight]
+        ranges.attach(module, name, grid, same)
+    return module
 
 
 def _layer(module: nn.Module, name: str, source: str) -> nn.Module:

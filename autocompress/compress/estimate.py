@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from autocompress.codec import container, header, leb128, mixed_stream, rans, tables
 from autocompress.codec.jit import Int, Int64s, Words, kernel
 from autocompress.codec.tensors import Coded
-from autocompress.compress import apply, artifact, clustering, lowrank, quantize
+from autocompress.compress import apply, artifact, clustering, lowrank, quantize, ranges
 from autocompress.compress.clustering import scaled
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.scales import count_groups
 from autocompress.errors import TrialFailed
-from autocompress.plan import LayerPlan, LayerSpec, Plan, check
+from autocompress.plan import FLOAT_BITS, LayerPlan, LayerSpec, Plan, check
 
+_SCALE = 0.0123456
+"""Stands for the scale of a layer's inputs, which is not known yet."""
 _OVERHEAD = 6.0
 """Bytes of nearly any stream beside its entropy; ratios are of both together, so that they are tame near nothing."""
 _BITS = (1, 2, 4, 8)
@@ -95,7 +97,9 @@ class Estimator:
         for row, length in self._tensors(_as_coded(plan), effort):
             rows.append(row)
             lengths.append(length)
-        told = artifact.described_plan(plan, self._version) | self._head
+        few = {name: layer.activation_bits for name, layer in plan.layers.items() if layer.activation_bits < FLOAT_BITS}
+        grids = {name: ranges.Grid(bits, _SCALE, 0) for name, bits in few.items()}
+        told = artifact.described_plan(plan, self._version) | self._head | artifact.described_grids(grids)
         return len(header.write(told, rows, list(map(bytes, lengths)))) + sum(lengths)
 
     def _elements(self, plan: Plan) -> Iterator[int]:

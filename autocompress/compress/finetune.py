@@ -54,7 +54,7 @@ def finetune(
     """
     per_epoch = feed.steps / recipe.accumulation
     total = max(1, round(recipe.epochs * per_epoch))
-    if not model.codes and not any(True for _ in model.others()):
+    if not model.codes and not model.ranges and not any(True for _ in model.others()):
         yield from rungs  # everything is frozen: nothing to train
         return
     device = model.device
@@ -226,8 +226,9 @@ def _objective(
 
 def _optimiser(model: Compressed, rate: float) -> torch.optim.Optimizer:
     trained = [code.trained() for code in model.codes.values()]
+    ranges = [tensor for found in model.ranges.values() for tensor in found.trained]
     groups: list[dict[str, Any]] = [
-        {"params": [*(t for quick, _ in trained for t in quick), *model.others()], "lr": rate},
+        {"params": [*(t for quick, _ in trained for t in quick), *ranges, *model.others()], "lr": rate},
         {"params": [t for _, slow in trained for t in slow], "lr": rate / 10},
     ]
     tensors = [tensor for group in groups for tensor in group["params"]]

@@ -21,6 +21,7 @@ from torch import nn
 
 from autocompress.codec import container
 from autocompress.compress.artifact import load, read
+from autocompress.compress.ranges import attached
 from autocompress.deploy import verify
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
@@ -225,6 +226,7 @@ def _run(fmt: str, task: Task, recorder: _Recorder, file: Path) -> str:
 def _compared(task: Task, recorder: _Recorder, expected: float, targets: Any, file: Path) -> dict[str, Any]:
     """The figures of the comparison. Raises ExportError where the file does not do what the artifact does."""
     exact = file.name == FILES["archive"]
+    stepped = bool(attached(recorder.module))  # a last bit may tip an input over to the next level: few do
     found = {call: verify.load_outputs(recorder.folder, call) for call in recorder.outputs}
     difference = largest = 0.0
     for call, outputs in recorder.outputs.items():
@@ -232,7 +234,8 @@ def _compared(task: Task, recorder: _Recorder, expected: float, targets: Any, fi
             if not exact and wanted.dtype.kind != "f":
                 continue  # a class number may tip over between two equal scores: the metric tells whether it matters
             gap, scale = verify.largest_difference(wanted, got), float(np.abs(wanted).max(initial=0.0))
-            if not gap <= (0.0 if exact else verify.OUTPUT_TOLERANCE * scale):
+            held = verify.mean_difference(wanted, got) if stepped and not exact else gap
+            if not held <= (0.0 if exact else verify.OUTPUT_TOLERANCE * scale):
                 raise ExportError(
                     f"{file.name} does not compute what the artifact does: {name!r} differs by {gap:.3g} at batch size "
                     f"{len(wanted)}, its largest value is {scale:.3g}"

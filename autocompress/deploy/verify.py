@@ -76,15 +76,24 @@ def run_apart(fmt: str, file: Path, folder: Path, *, keywords: bool) -> str:
 
 def largest_difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
     """The largest absolute difference, infinite where shapes differ or only one side is finite."""
+    return float(_differences(expected, found).max(initial=0.0))
+
+
+def mean_difference(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """The mean absolute difference, infinite where the largest one is."""
+    differences = _differences(expected, found)
+    return float(differences.mean()) if differences.size else 0.0
+
+
+def _differences(expected: NDArray[Any], found: NDArray[Any]) -> NDArray[Any]:
     if expected.shape != found.shape:
-        return float("inf")
-    if expected.size == 0:
-        return 0.0
+        return np.array([np.inf])
     a, b = expected.astype(np.float64), found.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         difference = np.where(same, 0.0, np.abs(a - b))
-    return float(np.where(np.isnan(difference), np.inf, difference).max())
+    differences: NDArray[Any] = np.where(np.isnan(difference), np.inf, difference)
+    return differences
 
 
 def metrics_agree(expected: float, found: float) -> bool:

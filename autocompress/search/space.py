@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from autocompress.errors import SpaceError
-from autocompress.plan import LayerPlan, LayerSpec, Plan, Recipe
+from autocompress.plan import FLOAT_BITS, LayerPlan, LayerSpec, Plan, Recipe
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -25,13 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Knob:
-    """One parameter of the search: a number from `low` to `high`, both ends included."""
+    """One parameter of the search: a number from `low` to `high`, both ends included.
+
+    With `choices`, rising, the number is a place among them, 0 the first; a sampler sees a whole number like any other.
+    """
 
     name: str
     low: float
     high: float
     kind: Literal["int", "float"]
     log: bool = False
+    choices: tuple[int, ...] = ()
+
+    def value_of(self, number: float) -> float:
+        """What a number of the knob means: a choice, or itself."""
+        return self.choices[int(number)] if self.choices else number
+
+    def number_for(self, value: float) -> float:
+        """The number that means a value, or what is nearest to it."""
+        if not self.choices:
+            return self.clip(value)
+        return min(range(len(self.choices)), key=lambda place: abs(self.choices[place] - value))
 
     def at(self, share: float) -> float:
         """The value at 0 (low) to 1 (high) along the knob's own scale."""
@@ -56,7 +70,6 @@ class Knob:
         return FloatDistribution(self.low, self.high, log=self.log)
 
 
-_ADDED_TO_LAYERS = (("svd", "plain"), ("saliency", "magnitude"), ("rounding", "nearest"), ("granularity", "tensor"))
 _ADDED = (("rate", 0.0), ("infomax", 0.0))
 """Settings that recipes once lacked: fingerprints leave them out at these values, so that old studies go on."""
 Setting = Knob | float
@@ -84,6 +97,7 @@ class LayerSettings:
     saliency: str = "magnitude"
     rounding: str = "nearest"
     granularity: str | int = "tensor"
+    activation_bits: Setting = FLOAT_BITS
 
     @property
     def owner(self) -> str:
@@ -92,7 +106,8 @@ class LayerSettings:
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
-        return tuple(s for s in (self.rank, self.bits, self.threshold) if isinstance(s, Knob))
+        settings = (self.rank, self.bits, self.threshold, self.activation_bits)
+        return tuple(s for s in settings if isinstance(s, Knob))
 
     def rank_of(self, value: float) -> int | None:
         """The rank that a value of the rank knob means; None where two factors would be larger than the layer."""
@@ -104,8 +119,9 @@ class LayerSettings:
     def plan(self, params: Mapping[str, float]) -> LayerPlan:
         rank = self.rank_of(params[self.rank.name]) if isinstance(self.rank, Knob) else self.rank
         bits, threshold = int(_value(self.bits, params)), float(_value(self.threshold, params))
-        way = {"saliency": self.saliency, "rounding": self.rounding, "granularity": self.granularity}
-        return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer, svd=self.svd, **way)  # type: ignore[arg-type]
+        way: dict[str, Any] = {"saliency": self.saliency, "rounding": self.rounding, "granularity": self.granularity}
+        way["activation_bits"] = int(_value(self.activation_bits, params))
+        return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer, svd=self.svd, **way)
 
 
 @dataclass(frozen=True)
@@ -150,9 +166,9 @@ class Space:
         params: dict[str, float] = {}
         for layer in self.layers:
             mine = wanted[layer.spec.name]
-            for knob, value in ((layer.bits, mine.bits), (layer.threshold, mine.threshold)):
-                if isinstance(knob, Knob):
-                    params.setdefault(knob.name, knob.clip(value))
+            for option in ("bits", "threshold", "activation_bits"):
+                if isinstance(knob := getattr(layer, option), Knob):
+                    params.setdefault(knob.name, knob.number_for(getattr(mine, option)))
             if isinstance(layer.rank, Knob) and layer.rank.name not in params:
                 params[layer.rank.name] = self._rank_value(layer.rank, wanted)
         for name, setting in self.recipe.items():
@@ -174,9 +190,9 @@ class Space:
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any knob or fixed value, and with nothing else."""
-        layers = [asdict(layer) | {"spec": layer.spec.label} for layer in self.layers]
-        layers = [{k: v for k, v in la.items() if k != "errors" and (k, v) not in _ADDED_TO_LAYERS} for la in layers]
-        recipe = {name: asdict(s) if isinstance(s, Knob) else s for name, s in self.recipe.items()}
+        layers = [_told(layer) | {"spec": layer.spec.label} for layer in self.layers]
+        layers = [{k: v for k, v in la.items() if k != "errors"} for la in layers]
+        recipe = {name: _told(s) if isinstance(s, Knob) else s for name, s in self.recipe.items()}
         recipe = {k: v for k, v in recipe.items() if (k, v) not in _ADDED}
         text = json.dumps([layers, recipe], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -257,6 +273,8 @@ def _uniform(space: Space, firmness: Mapping[str, float], strength: float) -> di
             params[layer.bits.name] = layer.bits.at(1 - push)
         if isinstance(layer.threshold, Knob):
             params[layer.threshold.name] = layer.threshold.at(push)
+        if isinstance(layer.activation_bits, Knob):
+            params[layer.activation_bits.name] = layer.activation_bits.at(1 - push)
         if isinstance(layer.rank, Knob):
             knob, top = layer.rank, space.wholest(layer.rank)
             alone = len(layer.knobs) == 1
@@ -268,7 +286,23 @@ def _uniform(space: Space, firmness: Mapping[str, float], strength: float) -> di
 
 
 def _value(setting: Setting, params: Mapping[str, float]) -> float:
-    return params[setting.name] if isinstance(setting, Knob) else setting
+    return setting.value_of(params[setting.name]) if isinstance(setting, Knob) else setting
+
+
+_LATER = {
+    "svd": "plain",
+    "activation_bits": FLOAT_BITS,
+    "choices": (),
+    "saliency": "magnitude",
+    "rounding": "nearest",
+    "granularity": "tensor",
+}
+"""What came later: a space that leaves it alone has the fingerprint that it had before."""
+
+
+def _told(value: Knob | LayerSettings) -> dict[str, Any]:
+    """The fields as a table, those of knobs inside too, without what came later and says nothing."""
+    return asdict(value, dict_factory=lambda items: {k: v for k, v in items if k not in _LATER or _LATER[k] != v})
 
 
 def rank_within(tolerance: float, errors: Sequence[tuple[int, float]]) -> int | None:

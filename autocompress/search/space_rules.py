@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from autocompress.errors import SpaceError
 from autocompress.plan import (
+    ACTIVATION_BITS,
     BIT_WIDTHS,
     FLOAT_BITS,
     GRANULARITIES,
@@ -171,6 +172,12 @@ def _bits(at: At, value: Any) -> _Range:
     return ends
 
 
+def _activation_width(at: At, value: Any) -> int:
+    if type(value) is not int or value not in ACTIVATION_BITS:
+        raise at.error(value, f"{', '.join(map(str, ACTIVATION_BITS))}, or a range [low, high] of these")
+    return value
+
+
 def _choice(at: At, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise at.error(value, f"{', '.join(allowed)}{meant(value, allowed)}")
@@ -208,6 +215,7 @@ _OPTIONS: dict[str, Callable[[At, Any], Any]] = {
     "saliency": partial(_choice, allowed=SALIENCIES),
     "rounding": partial(_choice, allowed=ROUNDINGS),
     "granularity": _granularity,
+    "activation_bits": partial(_range, end=_activation_width),
 }
 _UNTOUCHED: dict[str, Any] = {
     "rank": _Range(FULL, FULL),
@@ -220,6 +228,7 @@ _UNTOUCHED: dict[str, Any] = {
     "saliency": SALIENCIES[0],
     "rounding": ROUNDINGS[0],
     "granularity": GRANULARITIES[0],
+    "activation_bits": _Range(FLOAT_BITS, FLOAT_BITS),
 }
 _FILTERS = {"kind": KINDS, "position": POSITIONS, "size": SIZES}
 _RECIPE: dict[str, _End] = {
@@ -335,7 +344,7 @@ def _settings(
 
 
 def _check_alike(at: At, group: str, one: tuple[LayerSpec, _Settled], other: tuple[LayerSpec, _Settled]) -> None:
-    for option in ("rank", "bits", "threshold"):
+    for option in ("rank", "bits", "threshold", "activation_bits"):
         first, second = one[1][option][0], other[1][option][0]
         if first != second:
             raise SpaceError(
@@ -363,6 +372,7 @@ def _layer_settings(spec: LayerSpec, mine: _Settled, errors: Errors | None) -> L
         saliency=mine["saliency"][0],
         rounding=mine["rounding"][0],
         granularity=_granular(mine),
+        activation_bits=_one_of(f"{owner}.activation_bits", mine["activation_bits"][0]),
     )
 
 
@@ -372,6 +382,12 @@ def _granular(mine: _Settled) -> str | int:
     if value != "tensor" and mine["quantizer"][0] == "codebook" and rule is not None:
         raise (rule.at / "granularity").error(value, "tensor where quantizer is codebook")
     return value  # type: ignore[no-any-return]
+
+
+def _one_of(name: str, ends: _Range) -> Setting:
+    """The only width of a range, or the knob that chooses."""
+    widths = tuple(width for width in ACTIVATION_BITS if ends.low <= width <= ends.high)
+    return widths[0] if len(widths) == 1 else Knob(name, 0, len(widths) - 1, "int", choices=widths)
 
 
 def _setting(name: str, ends: _Range, kind: Literal["int", "float"]) -> Setting:

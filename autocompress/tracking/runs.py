@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autocompress.plan import LayerPlan, LayerSpec, Measurement
+from autocompress.plan import FLOAT_BITS, LayerPlan, LayerSpec, Measurement
 from autocompress.record import StudyRecord, TrialRecord
 
 SETTLED = ("complete", "stopped", "failed")
@@ -83,6 +83,8 @@ def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, str]:
         params[f"{key}.rank"] = "full" if layer.rank is None else str(layer.rank)
         params[f"{key}.bits"] = str(layer.bits)
         params[f"{key}.threshold"] = str(layer.threshold)
+        if layer.activation_bits < FLOAT_BITS:
+            params[f"{key}.activation_bits"] = str(layer.activation_bits)
         if trial.number != 0 and name in specs and (share := rank_share(specs[name], layer)) is not None:
             params[f"{key}.rank_share"] = f"{share:.4g}"
     if trial.number != 0 and trial.plan.layers and trial.plan.layers.keys() <= specs.keys():

@@ -129,8 +129,8 @@ def varied_knobs(record: StudyRecord, most: int = MOST_KNOBS) -> list[str]:
 
 
 def _numbers(params: dict[str, str]) -> dict[str, float]:
-    texts = (MEAN_BITS, "recipe.precision")
-    return {key: float(value) for key, value in params.items() if key not in texts and not key.endswith(".rank")}
+    words = (".rank", ".precision")
+    return {key: float(value) for key, value in params.items() if key != MEAN_BITS and not key.endswith(words)}
 
 
 def _spread(values: list[float]) -> float:
