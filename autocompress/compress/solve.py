@@ -17,6 +17,8 @@ from autocompress.plan import LayerPlan
 
 AIM = 0.5
 """Of the way to the weights that make good for the compressed layers before."""
+_FACTORS = (0.92, 1.06, 0.86)
+"""By which scales of the least weighted error are multiplied to see what a sweep makes of them; rows choose."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,21 @@ def _on_grid(problem: _Problem, plan: LayerPlan) -> Prepared:
 
         return rounded
 
+    def swept(grid: scales.Grid) -> tuple[scales.Grid, Tensor, Tensor]:
+        """The grid, the values and, for each scale's row (or all of them), the error."""
+        values, _ = rounding.sweep(weight, hessian, rounder(spread(grid.step)))
+        left = weight - values
+        wrong = layout.whole(problem.unsorted(torch.bmm(left, hessian) * left)).sum(1, keepdim=True)
+        return grid, values, wrong if len(grid.step) > 1 else wrong.sum(0, keepdim=True)
+
+    grid, values, least = swept(grid)
+    for factor in _FACTORS:
+        other, found, wrong = swept(replace(grid, step=_short(grid.step * factor)))
+        better = wrong < least
+        step = torch.where(better, other.step, grid.step)
+        rows = problem.sorted(layout.parted(better.expand(matrix.shape)))
+        grid, values, least = replace(grid, step=step), torch.where(rows, found, values), torch.minimum(wrong, least)
     step = spread(grid.step)
-    values, wanted = rounding.sweep(weight, hessian, rounder(step))
     for _ in range(rounding.ROUNDS):
         level = torch.round(values / step)
         grid = replace(grid, step=_refit(problem, problem.unsorted(level), grid.step))
@@ -158,6 +173,11 @@ def _on_grid(problem: _Problem, plan: LayerPlan) -> Prepared:
         step=grid.step.reshape(()) if one else grid.step,
         low=grid.low.reshape(()) if one and grid.low is not None else grid.low,
     )
+
+
+def _short(step: Tensor) -> Tensor:
+    """Scales as files carry them: in bfloat16's precision where there are several."""
+    return step if step.numel() == 1 else step.bfloat16().to(step)
 
 
 def _refit(problem: _Problem, level: Tensor, step: Tensor) -> Tensor:
@@ -178,8 +198,7 @@ def _refit(problem: _Problem, level: Tensor, step: Tensor) -> Tensor:
     right = by_scale(torch.bmm(problem.weight, hessian) * level)
     steps = 1 if step.shape[1] == 1 else rounding.REFIT_STEPS
     found = rounding.conjugate(product, right, diagonal, step, steps)
-    if step.numel() > 1:
-        found = found.bfloat16().to(found)
+    found = _short(found)
     usable = (torch.isfinite(found) & (found > 0)).all(1, keepdim=True)  # the scales of a row belong together
     return torch.where(usable, found, step)
 
