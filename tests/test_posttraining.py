@@ -185,7 +185,7 @@ def test_trials_calibrate_finetune_and_go_on():
     layer = LayerPlan(bits=3, threshold=0.4, quantizer="asymmetric", granularity="channel", saliency="hessian",
                       rounding="hessian")  # fmt: skip
     task = bench()
-    plan = Plan({spec.name: layer for spec in task.layers}, Recipe(epochs=2, learning_rate=1e-3))
+    plan = Plan({spec.name: layer for spec in task.layers}, Recipe(epochs=20, learning_rate=1e-3))
     nearest = Plan(
         {spec.name: LayerPlan(bits=3, threshold=0.4, quantizer="asymmetric", granularity="channel")
          for spec in task.layers}, plan.recipe,
@@ -194,15 +194,13 @@ def test_trials_calibrate_finetune_and_go_on():
     for name, each in (("hessian", plan), ("nearest", nearest)):
         outcomes = [(outcome.measurement.metric_val, outcome.state()) for outcome in run_trial(task, each, Budget())]
         metrics[name] = outcomes[0][0]
-        little = 1.0 if name == "nearest" else 1.1  # so much may it lose where rounding left nothing to learn
-        assert outcomes[1][0] < little * outcomes[0][0]
+        assert outcomes[1][0] < outcomes[0][0]  # finetuning helps
         state = outcomes[1][1]
         assert state.tensors["0.weight#step"].shape == (8, 1)
-        assert next(run_trial(task, each, Budget((0.0,)), start=state)).measurement.metric_val == pytest.approx(
-            outcomes[1][0], rel=1e-2
-        )
+        again = next(run_trial(task, each, Budget((0.0,)), start=state)).measurement.metric_val
+        assert name == "nearest" or again == outcomes[1][0]  # by magnitude, trained weights are judged anew
         state = lineage.unpack(lineage.pack(state))
-        assert next(run_trial(task, each, Budget((0.0,)), start=state)).measurement.metric_val < little * outcomes[0][0]
+        assert next(run_trial(task, each, Budget((0.0,)), start=state)).measurement.metric_val < outcomes[0][0]
     assert metrics["hessian"] < metrics["nearest"]
 
 
