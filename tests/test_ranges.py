@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import autocompress as ac
 from autocompress.codec import container
 from autocompress.compress import apply, artifact, lineage, lowrank, ranges
-from autocompress.compress.finetune import Feed, finetune
+from autocompress.compress.finetune import finetune
 from autocompress.compress.layers import find_layers
 from autocompress.compress.ranges import Grid, Range, fitted
 from autocompress.deploy.export import export
@@ -196,7 +196,7 @@ def test_ranges_are_learned_and_go_on_from_a_state():
     before = model.grids()
     list(finetune(model, bench.feed(0, False), F.cross_entropy, plan.recipe, [4.0]))
     after = model.grids()
-    assert all(before[name].scale != after[name].scale for name in before)
+    assert [name for name in before if before[name].scale != after[name].scale] == ["2", "4"]  # not the data's own
     state = lineage.unpack(lineage.pack(model.state()))
     again = apply.compress(bench.model, bench.layers, plan, bench.svd, state, grids=bench.grids)
     assert again.grids() == after
@@ -205,23 +205,21 @@ def test_ranges_are_learned_and_go_on_from_a_state():
     assert all(grid == bench.grids(spec, 8) for spec, grid in zip(bench.layers, anew.grids().values(), strict=True))
 
 
-def test_learning_lowers_the_loss_of_ranges_that_are_far_off():
-    bench = Workbench(task())
-    plan = plan_of(bench, Recipe(60.0, 1e-1, 1.0), activation_bits=4)
-    model = apply.compress(bench.model, bench.layers, plan, bench.svd, grids=lambda spec, bits: Grid(bits, 1.5, 7))
-    for parameter in model.module.parameters():
-        parameter.requires_grad_(False)
-    model.codes = {}
-    wanted = bench.model(X).detach()
-
-    def error():
-        with torch.no_grad():
-            return F.mse_loss(apply.call_with(model.module, model.substitutes(), X), wanted).item()
-
-    first = error()
-    feed = Feed(lambda epoch: iter([(X, wanted, wanted)]), 1)
-    list(finetune(model, feed, F.mse_loss, plan.recipe, [60.0]))
-    assert error() < 0.5 * first
+@pytest.mark.parametrize("scale", [0.05, 3.0])
+def test_a_range_that_is_far_off_learns_to_be_near_the_best(scale):
+    x = inputs(count=2000).requires_grad_()
+    found = Range(Grid(4, scale, 8))
+    optimiser = torch.optim.Adam(found.trained, 0.02)
+    errors = []
+    for _ in range(200):
+        error = F.mse_loss(found(x), x.detach())
+        errors.append(error.item())
+        optimiser.zero_grad()
+        error.backward()
+        optimiser.step()
+    best = F.mse_loss(fitted(x.detach(), 4, power=2.0)(x.detach()), x.detach()).item()
+    assert errors[0] > 5 * best
+    assert errors[-1] < 1.2 * best
 
 
 def test_files_without_it_say_nothing_and_damage_is_named():
