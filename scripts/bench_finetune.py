@@ -6,7 +6,8 @@ One thread, processor time. The plain step is forward, loss, backward and torch.
 channels last where our steps are. All ways take turns, a few steps each a round; a ratio is the median over rounds of
 a way's time in that round over the plain step's, per batch. "all" has masks and codebooks, a distillation of 0.5 (from
 outputs known in advance), accumulation 2 and InfoMax; "all, 1" the same with accumulation 1; "all, rated" has learned
-grids under a rate instead of masks and codebooks.
+grids under a rate instead of masks and codebooks. With "activations" the inputs of layers have 8 bits in learned
+ranges, but for those of a layer whose parent reads its weight by itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -86,6 +88,8 @@ WAYS: dict[str, tuple[LayerPlan, Recipe]] = {
     "infomax": (LayerPlan(), Recipe(distillation=0.0, infomax=0.1)),
     "all": (MASKED, Recipe(distillation=0.5, accumulation=2, infomax=0.1)),
     "all, 1": (MASKED, Recipe(distillation=0.5, infomax=0.1)),
+    "activations": (LayerPlan(activation_bits=8), Recipe(distillation=0.0)),
+    "all, activations": (replace(MASKED, activation_bits=8), Recipe(distillation=0.5, accumulation=2, infomax=0.1)),
     "all, rated": (GRID, Recipe(distillation=0.5, rate=0.01, accumulation=2, infomax=0.1)),
 }
 
@@ -112,8 +116,10 @@ def plain(task: Task) -> Iterator[None]:
 
 def ours(bench: Workbench, layer: LayerPlan, recipe: Recipe) -> Iterator[float]:
     """Finetuning on `STEPS` batches each time."""
-    plan = Plan({spec.name: layer for spec in bench.layers}, Recipe(**recipe.to_json() | {"epochs": 1000.0}))
-    model = apply.compress(bench.model, bench.layers, plan, bench.svd)
+    unseen = replace(layer, activation_bits=32)
+    layers = {spec.name: layer if spec.name in bench.statistics else unseen for spec in bench.layers}
+    plan = Plan(layers, replace(recipe, epochs=1000.0))
+    model = apply.compress(bench.model, bench.layers, plan, bench.svd, grids=bench.grids)
     feed = bench.feed(0, recipe.distillation > 0, recipe.infomax > 0)
     share = STEPS / feed.steps
     return finetune.finetune(model, feed, bench.task.loss, plan.recipe, [(i + 1) * share for i in range(1000)])
