@@ -170,7 +170,8 @@ class Session:
     def _states(self) -> frozenset[int]:
         """The trials whose states are kept."""
         folder = self.records.state(self.store.settings.study, 0).parent
-        return frozenset(int(path.stem.removeprefix("trial-")) for path in folder.glob("trial-*.safetensors"))
+        numbers = (path.stem.removeprefix("trial-") for path in folder.glob("trial-*.safetensors"))
+        return frozenset(int(number) for number in numbers if number.isdecimal())  # what else lies there is not ours
 
     def _state_of(self, number: int) -> bytes:
         path = self.records.state(self.store.settings.study, number)

@@ -239,3 +239,10 @@ def test_a_damaged_state_fails_the_trial_that_needs_it_and_the_chain_branches_of
     assert (record.trials[4].state, record.trials[4].parent) == ("failed", 3)
     assert record.trials[4].error.startswith("the state of trial 3 is damaged: ")
     assert [t.state for t in record.trials if t.number > 3 and t.parent != 3] == ["complete"]
+
+
+def test_a_stray_file_among_the_states_is_no_state(tmp_path, local, one_thread):  # noqa: F811
+    searched(tmp_path, 3, sampler="continuation", workers=1, name="stray")
+    (tmp_path / "runs" / "studies" / "stray" / "states" / "trial-copy.safetensors").write_bytes(b"")
+    record = api.resume("stray", trials=5, dir=tmp_path / "runs").record
+    assert [t.state for t in record.trials] == ["complete"] * 5
