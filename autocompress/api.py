@@ -63,7 +63,8 @@ def search(
     search early; what is finished is kept. `effort` is the coder of the artifacts: "auto" (the
     shortest of ours), "fast", "max", or "huffman" (Deep Compression's). With `inherit` a trial goes on
     from the state of the nearest milder plan of the front; the sampler "continuation" does so always
-    (its default space is "continuation"). The task's model is never changed.
+    (its default space is "continuation"), with about 2,000 steps of finetuning a trial when
+    `finetune_epochs` does not say, or as many as fill the `time_budget`. The task's model is never changed.
     Raises TaskError, SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt
     when it is stopped.
     """
@@ -203,6 +204,14 @@ def _search(
     if along:
         check_continuable(found)
     priced = is_continuable(found)
+    if epochs is None and along and name is not None and records.file(name).exists():
+        epochs = StudyStore.open(records.file(name)).settings.epochs
+    if epochs is None and along and budget is not None:
+        epochs = preflight.epochs_within(
+            bench, found, seconds=budget, trials=trials, workers=cluster.workers, threads=cluster.threads
+        )
+    if epochs is None:
+        epochs = bench.default_epochs * (preflight.PATIENCE if along else 1)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -214,7 +223,7 @@ def _search(
         layers=bench.layers,
         space=found.source,
         fingerprint={**fingerprint(task), "space": found.fingerprint()},
-        epochs=bench.default_epochs if epochs is None else epochs,
+        epochs=epochs,
         rungs=RUNGS[-1:] if along else RUNGS,
         steps=0 if along or priced else preflight.uniform_steps(trials),
         command=command,

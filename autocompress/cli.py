@@ -86,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--inherit", action="store_true", help="trials go on from the states of the front's milder plans"
     )
-    search.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning of a trial (about 500 steps)")
+    search.add_argument(
+        "--finetune-epochs",
+        type=_number,
+        metavar="E",
+        help="finetuning of a trial (about 500 steps; continuation: 2000, or what fills --time-budget)",
+    )
     _effort_option(search, "auto", "coder of the artifacts")
     _data_option(search)
     resume = add("resume", _resume, "Go on with a study after any stop.", _search_options, _goal_options)

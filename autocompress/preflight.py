@@ -23,6 +23,12 @@ RAY_BYTES = 450e6
 _CONTENTION = 1.25
 """How much longer a step takes when all cores are busy: caches and memory are shared, and the driver works too."""
 _WARM, _TIMED = 2, 6
+PATIENCE = 4
+"""How much more finetuning than others a trial of a continuation gets: each is a step on one long way."""
+MOST_EPOCHS = 30.0
+"""Of a trial, to fill a time budget: more for each step of a continuation buys little."""
+_FILLED = 0.9
+"""Of a time budget that trials are to fill."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,24 @@ def uniform_steps(trials: int) -> int:
 def sweep_trials(trials: int, workers: int) -> int:
     """How many trials by continuation a search of so many trials begins with, after trial 0: at most two thirds."""
     return min(2 * (trials - 1) // 3, workers * STEPS) if trials > 1 else 0
+
+
+def epochs_within(
+    bench: Workbench, space: Space, *, seconds: float, trials: int, workers: int, threads: int
+) -> float | None:
+    """Epochs of finetuning with which so many trials take about `seconds`: 100 steps to `MOST_EPOCHS` epochs.
+
+    None where a step cannot be measured: what is wrong is then told by the preflight.
+    """
+    try:
+        step, fixed = _costs(bench, space, threads, 1.0)
+    except Exception:  # whatever a user's loss, metric or data raises
+        return None
+    rounds = math.ceil(trials / min(workers, trials))
+    slowed = _CONTENTION if workers > 1 else 1.0
+    left = (_FILLED * seconds - STARTUP_SECONDS - 8 * fixed) / rounds / slowed - fixed
+    least = 100 / bench.steps_per_epoch
+    return max(least, min(MOST_EPOCHS, left / (step * bench.steps_per_epoch)))
 
 
 def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple[float, float]:

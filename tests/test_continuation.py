@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_search import local, one_thread, write_task  # noqa: F401
 
-from autocompress import api
+from autocompress import api, preflight
 from autocompress.errors import SpaceError
 from autocompress.plan import LayerPlan, LayerSpec, Plan, Recipe
 from autocompress.search.continuation import RATE, STEPS, Seen, check_continuable, following
@@ -169,9 +169,8 @@ def test_the_ancestor_pays_no_more_than_the_plan():
 
 
 def searched(tmp_path, trials, **more):
-    return api.search(
-        f"{write_task(tmp_path)}:task", trials=trials, dir=tmp_path / "runs", seed=1, finetune_epochs=2.0, **more
-    )
+    options = {"finetune_epochs": 2.0, **more}
+    return api.search(f"{write_task(tmp_path)}:task", trials=trials, dir=tmp_path / "runs", seed=1, **options)
 
 
 def states(tmp_path, study):
@@ -246,3 +245,13 @@ def test_a_stray_file_among_the_states_is_no_state(tmp_path, local, one_thread):
     (tmp_path / "runs" / "studies" / "stray" / "states" / "trial-copy.safetensors").write_bytes(b"")
     record = api.resume("stray", trials=5, dir=tmp_path / "runs").record
     assert [t.state for t in record.trials] == ["complete"] * 5
+
+
+def test_a_time_budget_decides_how_long_trials_finetune(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(preflight, "epochs_within", lambda *_, seconds, **__: seconds / 30)
+    options = {"sampler": "continuation", "workers": 1, "finetune_epochs": None}
+    fills = searched(tmp_path, 2, name="fills", time_budget="1m", **options).record
+    assert {t.plan.recipe.epochs for t in fills.trials[1:]} == {2.0}
+    again = searched(tmp_path, 3, name="fills", time_budget="2m", **options).record  # as it was begun
+    assert {t.plan.recipe.epochs for t in again.trials[1:]} == {2.0}
+    assert len(again.trials) == 3

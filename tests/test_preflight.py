@@ -80,3 +80,28 @@ def test_plans_that_look_at_the_training_data_are_timed_too(bench):
     found = preflight.preflight(bench, space, trials=3, workers=1, threads=1, epochs=0.5, rungs=2, startup=False)
     assert not found.problem
     assert found.seconds > 0
+
+
+def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
+    space = load_space("continuation", bench.layers)
+    monkeypatch.setattr(bench, "steps_per_epoch", 100)
+    monkeypatch.setattr(preflight, "_costs", lambda *_: (0.5, 2.0))  # seconds of a step, and of a measurement
+
+    def epochs(seconds: float, workers: int = 1) -> float | None:
+        return preflight.epochs_within(bench, space, seconds=seconds, trials=10, workers=workers, threads=1)
+
+    alone = epochs(3000)
+    spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 10 * (alone * 100 * 0.5 + 2.0)
+    assert spent == pytest.approx(0.9 * 3000)
+    assert epochs(3000) < epochs(3000, workers=2) < 2 * epochs(3000) + 1
+    assert epochs(1) == pytest.approx(1.0)
+    assert epochs(1e6) == preflight.MOST_EPOCHS
+
+
+def test_what_cannot_be_measured_gives_no_epochs(bench, monkeypatch):
+    def broken(*_: object) -> tuple[float, float]:
+        raise ValueError("no such shape")
+
+    monkeypatch.setattr(preflight, "_costs", broken)
+    space = load_space("continuation", bench.layers)
+    assert preflight.epochs_within(bench, space, seconds=60, trials=3, workers=1, threads=1) is None
