@@ -2,11 +2,17 @@
 
     python scripts/bench_options.py recalibration [--epochs 3] [--seeds 3] [--json FILE]
     python scripts/bench_options.py infomax [--labels 100] [--json FILE]
+    python scripts/bench_options.py qat [--json FILE]
+    python scripts/bench_options.py precision [--json FILE]
 
 recalibration: a small conv net with batch normalisation, trained here, then pruned and quantized without any
 finetuning: with the model's own statistics, and with those counted anew.
 infomax: the same net under strong plans, finetuned on few examples, with distillation alone and with InfoMax beside
 it; "labels": with labels in the loss (distillation 0.5), "none": distillation alone (1.0).
+qat: the net in few bits: rounded (uniform grids to the nearest, and Hessian-aware), an epoch of finetuning in float32
+and then rounded, and the same epoch with the rounding in the loop, steps or centroids learned (QAT), begun at the
+nearest or at Hessian-aware rounding.
+precision: that epoch with the forward pass in float32 and in bfloat16, and the seconds that the trial took.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -137,18 +144,66 @@ def infomax(epochs: int, seeds: int, labels: int) -> dict[str, dict[str, list[fl
     return found
 
 
+def file_error(bench: Workbench, layer: LayerPlan, recipe: Recipe, seed: int) -> tuple[float, nn.Module]:
+    """Test error in per cent of the file of a trial in which each layer has this plan, and its module."""
+    *_, last = run_trial(bench, whole(bench.layers, layer, recipe), Budget((1.0,)), seed)
+    module = artifact.restore(container.unpack(last.artifact), bench.task.model)
+    return error(bench.task, module), module
+
+
+def qat(epochs: int, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Test errors in per cent, by bits and way."""
+    found: dict[str, dict[str, list[float]]] = {}
+    still, epoch = Recipe(0.0), Recipe(1.0, 1e-3, 0.5)
+    for seed, task in enumerate(bases(epochs, seeds)):
+        bench = Workbench(task, "cpu")
+        plain, module = file_error(bench, LayerPlan(), epoch, seed)
+        tuned = Workbench(replace(task, model=module), "cpu")
+        for bits in (4, 3, 2):
+            grid = LayerPlan(bits=bits, quantizer="uniform")
+            ways = {
+                "float32, finetuned": plain,
+                "nearest": file_error(bench, grid, still, seed)[0],
+                "hessian": file_error(bench, replace(grid, rounding="hessian"), still, seed)[0],
+                "finetuned, then nearest": file_error(tuned, grid, still, seed)[0],
+                "finetuned, then hessian": file_error(tuned, replace(grid, rounding="hessian"), still, seed)[0],
+                "QAT": file_error(bench, grid, epoch, seed)[0],
+                "QAT from hessian": file_error(bench, replace(grid, rounding="hessian"), epoch, seed)[0],
+                "QAT, codebook": file_error(bench, LayerPlan(bits=bits), epoch, seed)[0],
+            }
+            for way, value in ways.items():
+                found.setdefault(f"{bits} bits", {}).setdefault(way, []).append(value)
+    return found
+
+
+def precision(epochs: int, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Test errors in per cent and seconds, by plan and precision."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed, task in enumerate(bases(epochs, seeds)):
+        bench = Workbench(task, "cpu")
+        for name in ("3 bits", "threshold 1.0, 3 bits"):
+            for way in ("float32", "bfloat16"):
+                began = time.perf_counter()
+                value, _ = file_error(bench, PLANS[name], Recipe(1.0, 1e-3, 0.5, precision=way), seed)
+                ways = found.setdefault(name, {})
+                ways.setdefault(way, []).append(value)
+                ways.setdefault(f"{way}, s", []).append(time.perf_counter() - began)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("recalibration", "infomax"))
+    parser.add_argument("what", choices=("recalibration", "infomax", "qat", "precision"))
     parser.add_argument("--epochs", type=int, default=3, help="of training the net")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labels", type=int, default=100, help="training examples that finetuning sees")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.what == "recalibration":
-        found = recalibration(options.epochs, options.seeds)
-    else:
+    if options.what == "infomax":
         found = infomax(options.epochs, options.seeds, options.labels)
+    else:
+        measure = {"recalibration": recalibration, "qat": qat, "precision": precision}[options.what]
+        found = measure(options.epochs, options.seeds)
     print("| plan | " + " | ".join(next(iter(found.values()))) + " |\n|---|" + "---|" * len(next(iter(found.values()))))
     for name, ways in found.items():
         print(f"| {name} | " + " | ".join(f"{statistics.mean(values):.2f}" for values in ways.values()) + " |")
