@@ -117,7 +117,7 @@ class Code:
         if not self.pruned:
             return kept.view(self.shape)  # type: ignore[no-any-return]
         flat = kept.new_zeros(self.dense.numel())
-        return flat.index_copy_(0, self.positions, kept).view(self.shape)  # type: ignore[no-any-return]
+        return flat.scatter_(0, self.positions, kept).view(self.shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def encode(self) -> Coded | Raw:

@@ -79,12 +79,17 @@ def grid_step(weights: Tensor, bits: int) -> float:
 
 def nearest(weights: Tensor, table: Tensor) -> Tensor:
     """Codes of the nearest entries of a rising table; int64, the weights' shape."""
+    return _codes(weights, table).long()
+
+
+def _codes(weights: Tensor, table: Tensor) -> Tensor:
+    """What `nearest` gives, as int32."""
     edges = (table[1:] + table[:-1]) / 2
     if weights.device.type == "cpu" and weights.numel() > CELLS and len(edges) > 0:
         codes = _by_cells(weights.flatten(), edges)
         if codes is not None:
             return codes.view(weights.shape)
-    return torch.bucketize(weights, edges)
+    return torch.bucketize(weights, edges, out_int32=True)
 
 
 def _by_cells(weights: Tensor, edges: Tensor) -> Tensor | None:
@@ -98,13 +103,13 @@ def _by_cells(weights: Tensor, edges: Tensor) -> Tensor | None:
     scale = (CELLS - 4) / (high - low) if high > low else 1.0
     if not max(abs(low), abs(high)) * scale < 2**20:  # cells would be as small as rounding errors; NaN
         return None
-    starts = torch.bucketize(torch.arange(-2, CELLS - 2).to(edges).div_(scale).add_(low), edges)
+    starts = torch.bucketize(torch.arange(-2, CELLS - 2).to(edges).div_(scale).add_(low), edges, out_int32=True)
     if bool((starts[3:] - starts[:-3] > 1).any()):
         return None
     above = torch.cat([edges, edges.new_full((1,), math.inf)])
-    codes = torch.empty_like(weights, dtype=torch.long)
+    codes = torch.empty_like(weights, dtype=torch.int32)
     for part, found in zip(torch.split(weights, _CACHED), torch.split(codes, _CACHED), strict=True):
-        cells = part.sub(low).mul_(scale).add_(1).clamp_(0, CELLS - 1).long().clamp_(min=0)  # NaN: the first
+        cells = part.sub(low).mul_(scale).add_(1).clamp_(0, CELLS - 1).int().clamp_(min=0)  # NaN: the first
         torch.index_select(starts, 0, cells, out=found)
         found.add_(part > above.index_select(0, found))
     return codes
@@ -126,7 +131,7 @@ class CodebookWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, table: Tensor) -> Tensor:
-        codes = nearest(weights, table)
+        codes = _codes(weights, table)
         ctx.save_for_backward(codes)
         ctx.size = table.numel()
         return table.index_select(0, codes.flatten()).view(codes.shape)
@@ -147,8 +152,9 @@ class GridWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, step: Tensor, bits: int) -> Tensor:
-        level = to_grid(weights, bits, step)
-        ctx.save_for_backward(weights / step, level)
+        u = weights / step
+        level = to_grid(weights, bits, step) if bits == 1 else u.round().clamp_(*levels(bits))
+        ctx.save_for_backward(u, level)
         ctx.bits, ctx.shape = bits, step.shape
         return level * step
 
@@ -160,9 +166,10 @@ class GridWeight(torch.autograd.Function):
         scale = 1.0 / max(1.0, (u.numel() * high) ** 0.5)
         if ctx.bits == 1:
             return grad, _inner(grad, level).reshape(ctx.shape) * scale, None
-        inside = (u.abs() <= high).to(u)
-        residual = level.addcmul(u, inside, value=-1)
-        return grad * inside, _inner(grad, residual).reshape(ctx.shape) * scale, None
+        bound = high * (1 + 1e-6)  # what is on the last level is inside
+        inside = torch.ops.aten.hardtanh_backward(grad, u, -bound, bound)
+        on_step = _inner(grad - inside, level) + _inner(inside, level - u)
+        return inside, on_step.reshape(ctx.shape) * scale, None
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

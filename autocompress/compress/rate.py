@@ -53,7 +53,7 @@ class RatedCode:
         self.weights = weights.detach().clone().requires_grad_()
         self.log_step = torch.as_tensor(step).to(weights).log().requires_grad_()
         self.top, self.unit = quantize.levels(bits)[1], unit
-        self._heard = torch.zeros_like(self.weights, dtype=torch.bool)
+        self._heard = torch.zeros_like(self.weights, requires_grad=False)
         self.count()
 
     @property
@@ -91,7 +91,7 @@ class RatedCode:
         if self.weights.grad is None or self.log_step.grad is None:
             return
         if anew or self._pulls is None:
-            torch.logical_or(self._heard, self.weights.grad, out=self._heard)
+            torch.maximum(self._heard, self.weights.grad.abs(), out=self._heard)
             step = self.step
             u = self.weights / step
             slope = slopes(u, self.odds, self.rises)
@@ -107,7 +107,8 @@ class RatedCode:
         Nobody reads such a unit, or its activation is off for all inputs; such an input is always zero.
         Without this a dead row stays full: the model finds its weights cheap.
         """
-        heard = self._heard.flatten(1) if self._heard.dim() > 1 else self._heard.unsqueeze(1)
+        heard = self._heard != 0
+        heard = heard.flatten(1) if heard.dim() > 1 else heard.unsqueeze(1)
         silent = ~(heard.any(1, keepdim=True) & heard.any(0, keepdim=True)).view_as(self.weights)
         if heard.any():  # else the tensor is frozen, or unused
             self.weights.data.masked_fill_(silent, 0.0)
@@ -173,10 +174,9 @@ def slopes(u: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tensor:
     """dR/du, of u's shape; R is linear between levels."""
     flat = u.flatten(1) if u.dim() > 1 else u.unsqueeze(0)
     size = flat.abs()
-    slope = (rises[0] - odds[0]) - odds[1]  # between -1 and 1, where most are
-    far = (size >= 1).flatten().nonzero().squeeze(1)
-    steps = size.flatten()[far].clamp_(max=len(rises) - 1).int()
-    slope.view(-1)[far] = rises[steps]
+    level = size.clamp(max=len(rises) - 1).int()
+    slope = rises.index_select(0, level.flatten()).view(size.shape)
+    slope.sub_(torch.ops.aten.hardtanh_backward(odds[0] + odds[1], size, -1.0, 1.0))  # the odds, where size < 1
     return slope.mul_(flat.sign()).view_as(u)
 
 
