@@ -222,7 +222,7 @@ class Workbench:
                 inputs, targets = task.train
                 order = torch.arange(len(inputs))
                 for x, rows in batches((inputs, order), task.batch_size, shuffle_seed=shuffle, device="cpu"):
-                    told = map_tensors(kept, lambda tensor, rows=rows: tensor[rows])  # type: ignore[misc]
+                    told = map_tensors(kept, lambda tensor, rows=rows: tensor.index_select(0, rows))  # type: ignore[misc]
                     yield to_device((x, targets[rows], *told), self.device)
                 return
             for given, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):

@@ -9,6 +9,7 @@ shared weights included, sees compressed weights without knowing.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,8 +117,7 @@ class Code:
             kept = self.weights
         if not self.pruned:
             return kept.view(self.shape)  # type: ignore[no-any-return]
-        flat = kept.new_zeros(self.dense.numel())
-        return flat.scatter_(0, self.positions, kept).view(self.shape)  # type: ignore[no-any-return]
+        return _Placed.apply(kept, self.positions, self.shape)  # type: ignore[no-untyped-call, no-any-return]
 
     @torch.no_grad()
     def encode(self) -> Coded | Raw:
@@ -182,6 +182,24 @@ class Code:
         flat = self.dense.flatten().clone()
         flat[self.positions] = self.weights.detach()
         return flat.view(self.shape)
+
+
+class _Placed(torch.autograd.Function):
+    """(values (n,), their positions, shape) -> a tensor of that shape, zeros elsewhere.
+
+    torch's own gradient of `scatter` takes twice the time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(positions)
+        return values.new_zeros(math.prod(shape)).scatter_(0, positions, values).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (positions,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad.flatten().index_select(0, positions), None, None
 
 
 class Compressed:

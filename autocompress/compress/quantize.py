@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from autocompress.compress import clustering
 
-CELLS = 4096
+CELLS = 2048
 """Equal parts of a codebook's range from which a weight's code is found."""
-_CACHED = 1 << 15
+_CACHED = 1 << 17
 """Weights at a time whose numbers on the way stay in a processor's cache."""
 
 _SMALL = 4096
@@ -106,7 +107,7 @@ def _by_cells(weights: Tensor, edges: Tensor) -> Tensor | None:
     starts = torch.bucketize(torch.arange(-2, CELLS - 2).to(edges).div_(scale).add_(low), edges, out_int32=True)
     if bool((starts[3:] - starts[:-3] > 1).any()):
         return None
-    above = torch.cat([edges, edges.new_full((1,), math.inf)])
+    above = F.pad(edges, (0, 1), value=math.inf)
     codes = torch.empty_like(weights, dtype=torch.int32)
     for part, found in zip(torch.split(weights, _CACHED), torch.split(codes, _CACHED), strict=True):
         cells = part.sub(low).mul_(scale).add_(1).clamp_(0, CELLS - 1).int().clamp_(min=0)  # NaN: the first
