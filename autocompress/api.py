@@ -183,7 +183,7 @@ def _search(
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
-    from autocompress.search.continuation import CONTINUATION, check_continuable, is_continuable
+    from autocompress.search.continuation import CONTINUATION, check_continuable, is_continuable, steps_within
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder
     from autocompress.search.space_file import load_space
@@ -212,6 +212,7 @@ def _search(
         )
     if epochs is None:
         epochs = bench.default_epochs * (preflight.PATIENCE if along else 1)
+    sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -232,7 +233,8 @@ def _search(
         origin=origin,
         effort=effort,
         inherit=inherit or priced,
-        sweep=preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0,
+        sweep=sweep,
+        chain=steps_within(sweep or trials - 1, cluster.workers),
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)

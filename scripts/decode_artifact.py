@@ -163,5 +163,7 @@ def from_max(stream, shape, alive):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python scripts/decode_artifact.py FILE.acz OUTPUT.npz")
     header, tensors = decode(Path(sys.argv[1]).read_bytes())
     np.savez(sys.argv[2], __header__=json.dumps(header), **tensors)

@@ -10,7 +10,8 @@ from local_search import local, one_thread, write_task  # noqa: F401
 from autocompress import api, preflight
 from autocompress.errors import SpaceError
 from autocompress.plan import LayerPlan, LayerSpec, Plan, Recipe
-from autocompress.search.continuation import RATE, STEPS, Seen, check_continuable, following
+from autocompress.search import continuation
+from autocompress.search.continuation import RATE, STEPS, Seen, check_continuable, following, steps_within
 from autocompress.search.lineage import ancestor
 from autocompress.search.space_file import load_space
 
@@ -190,7 +191,8 @@ def test_a_search_by_continuation_keeps_the_fronts_states_and_names_parents(tmp_
         assert trial.best == trial.measurements[-1]
 
 
-def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread):  # noqa: F811
+def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(continuation, "steps_within", lambda *_: STEPS)  # as if as many trials had been asked for
     whole = searched(tmp_path, 9, sampler="continuation", workers=2, name="whole").record
     searched(tmp_path, 5, sampler="continuation", workers=2, name="parts")
     parts = api.resume("parts", trials=9, dir=tmp_path / "runs").record
@@ -255,3 +257,14 @@ def test_a_time_budget_decides_how_long_trials_finetune(tmp_path, local, one_thr
     again = searched(tmp_path, 3, name="fills", time_budget="2m", **options).record  # as it was begun
     assert {t.plan.recipe.epochs for t in again.trials[1:]} == {2.0}
     assert len(again.trials) == 3
+
+
+@pytest.mark.parametrize(("trials", "chains", "steps"), [(24, 2, 12), (100, 2, 12), (7, 2, 3), (26, 8, 3), (10, 1, 10)])
+def test_few_trials_reach_the_highest_price_too(trials, chains, steps):
+    assert steps_within(trials, chains) == steps
+
+
+def test_a_short_chain_goes_from_the_lowest_price_to_the_highest(tmp_path, local, one_thread):  # noqa: F811
+    record = searched(tmp_path, 5, sampler="continuation", workers=1).record
+    prices = [t.plan.recipe.rate for t in record.trials[1:]]
+    assert prices == pytest.approx([0.3 * 40 ** (i / 3) for i in range(4)])

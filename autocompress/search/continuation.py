@@ -20,7 +20,8 @@ RATE = "recipe.rate"
 USEFUL = {"maximize": 0.1, "minimize": 0.5}
 """How much worse than the baseline's, relatively, a metric may be for a chain to go on from there."""
 STEPS = 12
-"""Trials of a chain from the lowest price to the highest."""
+"""Trials of a chain from the lowest price to the highest, at most."""
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def check_continuable(space: Space) -> None:
     _rate_of(space)
 
 
-def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number: int) -> Step:
-    """What trial `number` is to be.
+def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number: int, *, steps: int = STEPS) -> Step:
+    """What trial `number` is to be, with that many steps from the lowest price to the highest.
 
     New chains first, then the next price for the end of a chain that is on the front, else a branch: the
     front's member from which the fewest trials went on, or of these the one in the widest gap.
@@ -77,12 +78,17 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
     ends = [t for t in members if not children[t.number] and t.params[RATE] < rate.high * (1 - 1e-9)]
     if ends:
         end = max(ends, key=lambda t: t.number)
-        return Step({**end.params, RATE: rate.clip(end.params[RATE] * _ratio(rate))}, end.number)
+        return Step({**end.params, RATE: rate.clip(end.params[RATE] * _ratio(rate, steps))}, end.number)
     if not members:
         return Step(_beginning(space, rate, len(roots), random), None)
     gaps = _gaps([t.position for t in members])
     best = min(range(len(members)), key=lambda i: (children[members[i].number], -gaps[i]))
-    return Step(_varied(space, rate, members[best], random), members[best].number)
+    return Step(_varied(space, rate, members[best], random, steps), members[best].number)
+
+
+def steps_within(trials: int, chains: int) -> int:
+    """Steps of a chain, such that so many trials lead all chains to the highest price; `FEWEST` to `STEPS`."""
+    return max(FEWEST, min(STEPS, trials // chains))
 
 
 def _beginning(space: Space, rate: Knob, chain: int, random: Random) -> dict[str, float]:
@@ -101,13 +107,13 @@ def _beginning(space: Space, rate: Knob, chain: int, random: Random) -> dict[str
     return {**params, RATE: rate.low}
 
 
-def _varied(space: Space, rate: Knob, parent: Seen, random: Random) -> dict[str, float]:
+def _varied(space: Space, rate: Knob, parent: Seen, random: Random, steps: int) -> dict[str, float]:
     """A branch: the parent's layers, its price or up to a step less, the rest of the recipe a little changed."""
     params = dict(parent.params)
     for knob in space.knobs:
         if knob.name.startswith("recipe.") and knob.name != RATE:
             params[knob.name] = _near(knob, params[knob.name], random)
-    return {**params, RATE: rate.clip(params[RATE] * _ratio(rate) ** -random.random())}
+    return {**params, RATE: rate.clip(params[RATE] * _ratio(rate, steps) ** -random.random())}
 
 
 def _near(knob: Knob, value: float, random: Random) -> float:
@@ -124,8 +130,8 @@ def _gaps(positions: Sequence[float]) -> list[float]:
     return [after - before for before, after in zip(padded, padded[2:], strict=False)]
 
 
-def _ratio(rate: Knob) -> float:
-    return float((rate.high / rate.low) ** (1 / (STEPS - 1)))
+def _ratio(rate: Knob, steps: int) -> float:
+    return float((rate.high / rate.low) ** (1 / (steps - 1)))
 
 
 def _rate_of(space: Space) -> Knob:

@@ -21,7 +21,7 @@ import numpy as np
 from autocompress.errors import StudyError
 from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
 from autocompress.record import StudyRecord, TrialRecord
-from autocompress.search.continuation import CONTINUATION, USEFUL, Seen, following
+from autocompress.search.continuation import CONTINUATION, STEPS, USEFUL, Seen, following
 from autocompress.search.disk import connect, directions, disk_errors, holds_study, insert_running, write_end
 from autocompress.search.lineage import ancestor
 from autocompress.search.samplers import make_sampler
@@ -45,6 +45,7 @@ class Settings:
     `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
     `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`. `inherit`: whether trials go on
     from the states of finished ones. `sweep`: trials by continuation after trial 0, before the sampler's.
+    `chain`: steps of a continuation from the lowest price to the highest.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
     """
 
@@ -68,6 +69,7 @@ class Settings:
     effort: str = "auto"
     inherit: bool = False
     sweep: int = 0
+    chain: int = STEPS
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -303,7 +305,9 @@ class StudyStore:
             for t in record.trials
             if t.number
         ]
-        step = following(seen, self._space, self.workers, self.settings.seed, len(record.trials))
+        step = following(
+            seen, self._space, self.workers, self.settings.seed, len(record.trials), steps=self.settings.chain
+        )
         return _Found(self._space.plan(step.params, self.settings.epochs), step.params, CONTINUATION, None, step.parent)
 
     def _sampled(self, states: Collection[int]) -> _Found | None:
