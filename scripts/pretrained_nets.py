@@ -152,13 +152,14 @@ def probed(model: nn.Sequential, name: str, x: Tensor, y: Tensor, strength: floa
 
         with torch.no_grad():
             features = torch.cat([model[:-1](part) for part in x.split(50)]).double()
-        mean, std = features.mean(0), features.std(0) + 1e-9
+        mean, std = features.mean(0), features.std(0)
+        std = std.clamp(min=0.01 * float(std.mean()))  # a feature that is constant but for rounding gets no weight
         fitted = LogisticRegression(C=strength, max_iter=1000).fit(((features - mean) / std).numpy(), y.numpy())
         weight = torch.from_numpy(fitted.coef_) / std
         bias = torch.from_numpy(fitted.intercept_) - weight @ mean
         return {"weight": weight.float().contiguous(), "bias": bias.float()}
 
-    head = kept(f"{name}-probe", fit)
+    head = kept(f"{name}-head", fit)
     model[-1] = nn.Linear(*reversed(head["weight"].shape))
     model[-1].load_state_dict(head)
     return model.eval()
