@@ -148,10 +148,22 @@ def test_silent_rows_are_cleared_after_some_hundred_steps_of_a_finetuning():
     code = RatedCode(torch.ones(3, 4), 4, 0.5, 1.0)
     charge = rate.Charge([code], 1.0, 1.0, 1000)
     heard = torch.tensor([[1.0], [1.0], [0.0]])
-    for step in range(rate.SILENT):
+    for step in range(rate.SILENT[0]):
         charged(charge, code, step, heard)
     assert code.weights.all()
-    charged(charge, code, rate.SILENT, heard)
+    charged(charge, code, rate.SILENT[0], heard)
+    assert code.weights.all(1).tolist() == [True, True, False]
+
+
+def test_a_row_that_few_examples_reach_stays_if_an_epoch_has_one():
+    code = RatedCode(torch.ones(3, 4), 4, 0.5, 1.0)
+    charge = rate.Charge([code], 1.0, 1.0, 1000, epoch=300)
+    often, once = torch.tensor([[1.0], [1.0], [0.0]]), torch.ones(3, 1)
+    for step in range(301):
+        charged(charge, code, step, once if step == 250 else often)
+    assert code.weights.all()
+    for step in range(301, 601):  # an epoch without any
+        charged(charge, code, step, often)
     assert code.weights.all(1).tolist() == [True, True, False]
 
 

@@ -63,7 +63,7 @@ def finetune(
     rates = [group["lr"] for group in optimiser.param_groups]
     batches, watch = _endless(feed), _Watch(total, device)
     rated = [code for code in model.codes.values() if isinstance(code, RatedCode)]
-    charge = Charge(rated, recipe.rate, model.paid, total)
+    charge = Charge(rated, recipe.rate, model.paid, total, epoch=per_epoch)
     for tensor in (*model.module.parameters(), *model.module.buffers()):
         tensor.data = in_fast_layout(tensor.data)
     step = 0

@@ -32,8 +32,8 @@ REFRESH = 20
 """Steps between two counts of the model."""
 HELD = 4
 """Steps for which slopes are kept: weights move by some hundredths of a level in them."""
-SILENT = 200
-"""Steps after which a row or a column that got no gradient in any `HELD`-th of them is cleared."""
+SILENT = 200, 2000
+"""Steps, least and most, without any gradient after which a row or a column is cleared; in between an epoch."""
 BIAS_BITS = 8
 RAMP = 0.3
 """The share of the finetuning in which the price rises from the one before."""
@@ -85,13 +85,13 @@ class RatedCode:
     def charge(self, price: float, anew: bool = True) -> None:
         """Add the gradients of price x R to those of the loss: at the present weights, or as they were at last.
 
-        Anew, and at first, it is also noted where the loss had gradients. A tensor that the loss did not reach
-        in this step (a layer that was dropped) is left alone.
+        It is also noted where the loss had gradients. A tensor that the loss did not reach in this step (a layer
+        that was dropped) is left alone.
         """
         if self.weights.grad is None or self.log_step.grad is None:
             return
+        torch.maximum(self._heard, self.weights.grad.abs(), out=self._heard)
         if anew or self._pulls is None:
-            torch.maximum(self._heard, self.weights.grad.abs(), out=self._heard)
             step = self.step
             u = self.weights / step
             slope = slopes(u, self.odds, self.rises)
@@ -132,18 +132,19 @@ class Charge:
     """The rate term of a finetuning: to be called in each step, between `backward` and the optimiser's step.
 
     `before` is the price that the weights were trained under so far; within the first `RAMP` of the
-    `total` steps it goes over to `rate`.
+    `total` steps it goes over to `rate`. `epoch`: steps in which all training data are seen.
     """
 
-    def __init__(self, codes: Sequence[RatedCode], rate: float, before: float, total: int) -> None:
+    def __init__(self, codes: Sequence[RatedCode], rate: float, before: float, total: int, epoch: float = 0.0) -> None:
         self.codes, self.rate, self.before, self.total = codes, rate, before, total
+        self.silent = REFRESH * math.ceil(min(SILENT[1], max(SILENT[0], epoch)) / REFRESH)
         self.elements = sum(code.weights.numel() for code in codes)
 
     def __call__(self, step: int, scale: float = 1.0) -> None:
         """Add the term's gradients, times `scale`, in the step of that number."""
         if step % REFRESH == 0:
             for code in self.codes:
-                if step and step % SILENT == 0:
+                if step and step % self.silent == 0:
                     code.clear_silent()
                 code.count()
         share = min(1.0, step / (RAMP * self.total))
