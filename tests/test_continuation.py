@@ -267,4 +267,4 @@ def test_few_trials_reach_the_highest_price_too(trials, chains, steps):
 def test_a_short_chain_goes_from_the_lowest_price_to_the_highest(tmp_path, local, one_thread):  # noqa: F811
     record = searched(tmp_path, 5, sampler="continuation", workers=1).record
     prices = [t.plan.recipe.rate for t in record.trials[1:]]
-    assert prices == pytest.approx([0.3 * 40 ** (i / 3) for i in range(4)])
+    assert prices == pytest.approx([0.1 * 120 ** (i / 3) for i in range(4)])
