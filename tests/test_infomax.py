@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trial import Residual, data, task_of, tree
 from torch import nn
+from torch.nn import functional as F
 
 from autocompress.compress import infomax
 from autocompress.compress.infomax import Tap, info_nce, last_layer, pooled
@@ -39,6 +40,17 @@ def test_the_loss_is_info_nce(count, width, seed):
     f, g = draw.normal(0, 2, (count, width)), draw.normal(0, 2, (count, width))
     found = info_nce(torch.from_numpy(f), torch.from_numpy(g)).item()
     assert found == pytest.approx(brute_force(f, g, infomax.TEMPERATURE), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 3), (5, 2), (7, 16)])
+def test_the_gradient_is_that_of_two_cross_entropies(count, width):
+    torch.manual_seed(count)
+    features, others = torch.randn(count, width, requires_grad=True), torch.randn(count, width)
+    (found,) = torch.autograd.grad(3 * info_nce(features, others), features)
+    scores = F.normalize(features, dim=1) @ F.normalize(others, dim=1).T / infomax.TEMPERATURE
+    own = torch.arange(count)
+    wanted = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    torch.testing.assert_close(found, torch.autograd.grad(3 * wanted, features)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_log_n_less_the_loss_bounds_the_mutual_information():

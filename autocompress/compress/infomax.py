@@ -29,11 +29,35 @@ MOST = 1024
 
 
 def info_nce(features: Tensor, others: Tensor) -> Tensor:
-    """The mean of L from f to g and from g to f, a scalar: each row is to find its own among the other's rows."""
-    f, g = (F.normalize(side[:MOST].float(), dim=1) for side in (features, others))
-    scores = f @ g.T / TEMPERATURE
-    own = torch.arange(len(f), device=f.device)
-    return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    """The mean of L from f to g and from g to f, a scalar: each row is to find its own among the other's rows.
+
+    Differentiable in the features, not in the others.
+    """
+    return _InfoNCE.apply(features[:MOST].float(), others[:MOST].float())  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _InfoNCE(torch.autograd.Function):
+    """(F, G), rows of any length -> the loss; its gradient to F in closed form, in half of the time of autograd's.
+
+    With s = f . g / t: dL/ds_ij = (softmax of row i at j + softmax of column j at i - 2 [i = j]) / 2N.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, others: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp_(min=1e-12)
+        f, g = features / length, F.normalize(others, dim=1).div_(TEMPERATURE)
+        pairs = (f @ g.T).exp_()  # |s| <= 1 / t: no overflow
+        rows, columns = pairs.sum(1, keepdim=True), pairs.sum(0)
+        ctx.save_for_backward(f, g, length, pairs, rows, columns)
+        loss: Tensor = rows.log().sum() + columns.log().sum() - 2 * torch.dot(f.flatten(), g.flatten())
+        return loss / (2 * len(f))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        f, g, length, pairs, rows, columns = ctx.saved_tensors
+        on_f = torch.mm(pairs * (1 / rows + 1 / columns), g).sub_(g, alpha=2)
+        along = (on_f * f).sum(1, keepdim=True)
+        return on_f.addcmul_(f, along, value=-1).mul_(grads[0] / (2 * len(f)) / length), None
 
 
 def pooled(inputs: Tensor, kind: str) -> Tensor:

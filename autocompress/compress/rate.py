@@ -160,12 +160,12 @@ def model_of(levels: Tensor, top: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     holds R(k + 1) - R(k), k = 0 .. top - 1, without the odds for k = 0, then 0.
     """
     size = levels.abs().flatten(1) if levels.dim() > 1 else levels.abs().unsqueeze(0)
-    nonzero = (size > 0).to(size)
+    nonzero = torch.gt(size, 0, out=torch.empty_like(size))  # as floats: torch is slow with bools
     rows, columns = size.shape
     row = _odds((nonzero.sum(1, keepdim=True) + 0.4) / (columns + 1))
     column = _odds((nonzero.sum(0, keepdim=True) + 0.4) / (rows + 1))
     middle = _odds((nonzero.sum() + 0.4) / (nonzero.numel() + 1))
-    counts = torch.bincount(size.flatten().long(), minlength=top + 1)[1:].to(size) + 0.3
+    counts = torch.bincount(size.flatten().int(), minlength=top + 1)[1:].to(size) + 0.3
     bits = 1 - torch.log2(counts / counts.sum())
     bits = bits.cummax(0).values  # no level is cheaper than a lower one: else weights would gather at the top
     return (row - middle, column), torch.cat([bits[:1], bits.diff(), bits.new_zeros(1)])
@@ -192,8 +192,8 @@ class _Grid(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, step: Tensor, top: int) -> Tensor:
         u = weights / step
         level = u.round().clamp_(-top, top)
-        ctx.save_for_backward(level - u)
-        return level * step
+        ctx.save_for_backward(torch.sub(level, u, out=u))
+        return level.mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
