@@ -235,3 +235,12 @@ def test_codes_found_by_cells_are_those_of_a_search(kind, dtype):
         many = weights.repeat(3)
         assert torch.equal(quantize.nearest(many, table), torch.bucketize(many, edges))
     assert found > 5 or kind in ("clustered", "equal", "far")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_codes_of_many_weights_are_the_nearest_entries_at_every_precision(dtype):
+    torch.manual_seed(0)
+    weights = torch.randn(9000).to(dtype)
+    table = torch.linspace(-2, 2, 16).to(dtype)
+    codes = quantize.nearest(weights, table)
+    assert torch.equal(codes, torch.bucketize(weights, (table[1:] + table[:-1]) / 2))

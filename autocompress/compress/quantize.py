@@ -86,7 +86,8 @@ def nearest(weights: Tensor, table: Tensor) -> Tensor:
 def _codes(weights: Tensor, table: Tensor) -> Tensor:
     """What `nearest` gives, as int32."""
     edges = (table[1:] + table[:-1]) / 2
-    if weights.device.type == "cpu" and weights.numel() > CELLS and len(edges) > 0:
+    fine = weights.dtype in (torch.float32, torch.float64)  # others cannot tell the cells apart
+    if fine and weights.device.type == "cpu" and weights.numel() > CELLS and len(edges) > 0:
         codes = _by_cells(weights.flatten(), edges)
         if codes is not None:
             return codes.view(weights.shape)

@@ -53,7 +53,7 @@ class RatedCode:
         self.weights = weights.detach().clone().requires_grad_()
         self.log_step = torch.as_tensor(step).to(weights).log().requires_grad_()
         self.top, self.unit = quantize.levels(bits)[1], unit
-        self._heard = torch.zeros_like(self.weights, requires_grad=False)
+        self._heard = torch.zeros_like(self.weights)  # the largest gradient of each weight
         self.count()
 
     @property
