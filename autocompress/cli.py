@@ -500,6 +500,9 @@ def _export(options: argparse.Namespace) -> int:
     manifest = study.point(trial).export(options.out, format=options.format, effort=options.effort)
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
+    if cut := manifest.get("cut", {}).get("dead_units"):
+        macs = f"{report.human_count(manifest['cut']['macs_before'])} -> {report.human_count(manifest['cut']['macs'])}"
+        print(f"cut       {cut} of {manifest['cut']['units']} units are dead and are left out: {macs} MACs")
     print(
         f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
         f"artifact on the test set; {out / 'manifest.json'} says how"

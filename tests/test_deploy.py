@@ -278,14 +278,20 @@ def check_against_torch(task, artifact, file):
 
 def check_weights(artifact, file, tmp):
     """Every weight with a form is folded by onnxruntime to the artifact's bits; the manifest names the forms."""
-    forms = json.loads((file.parent / "manifest.json").read_text())["weight_forms"]
-    held = [onnx.numpy_helper.to_array(tensor) for tensor in loaded(onnx.load(file), tmp).graph.initializer]
-    held = {part.tobytes() for array in held for part in (array, array.T)}
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    forms, cut = manifest["weight_forms"], manifest["cut"].get("layers", {})
+    arrays = [onnx.numpy_helper.to_array(tensor) for tensor in loaded(onnx.load(file), tmp).graph.initializer]
+    held = {part.tobytes() for array in arrays for part in (array, array.T)}
     coded = {name: tensor for name, tensor in read(artifact).tensors.items() if isinstance(tensor, Coded)}
     big = [name for name, tensor in coded.items() if tensor.symbols.size >= 1000]
-    assert set(big) <= set(forms)
+    assert set(big) <= set(forms) | set(cut)
+    shapes = [array.shape for array in arrays] + [array.shape[::-1] for array in arrays]
     for name in big:
-        assert coded[name].values().tobytes() in held, name
+        if name in cut:  # `test_slim` tells that what stays is what was there
+            assert list(coded[name].values().shape) == cut[name][0]
+            assert tuple(cut[name][1]) in shapes
+        else:
+            assert coded[name].values().tobytes() in held, name
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +323,10 @@ def test_manifest_tells_the_truth(smoke):
     }
     assert manifest["recorded"] == FACTS
     assert manifest["float32_model_bytes"] == 123456
-    weights = sum(p.numel() for p in task.model.parameters())
+    cut = manifest["cut"]
+    weights = sum(p.numel() for p in task.model.parameters()) - cut["dead_units"]  # a bias each
+    weights -= sum(math.prod(before) - math.prod(after) for before, after in cut["layers"].values())
+    assert cut["dead_units"] > 0
     assert 4 * weights < manifest["same_graph_float32_bytes"] < 4 * weights + 2000
     assert manifest["size_bytes"] < manifest["same_graph_float32_bytes"] / 4
     assert manifest["inputs"] == [{"name": "input", "shape": ["batch", 1, 8, 8], "dtype": "float32"}]

@@ -184,20 +184,34 @@ def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path, effort: st
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
     names = list(output_tensors(recorder.model, recorder.structure))
+    cut: dict[str, Any] = {}
+    if fmt != "archive":
+        module, cut = _slim(recorder, inputs)
     if fmt == "onnx":
         from autocompress.deploy import onnx
 
-        return onnx.write(recorder.module, inputs, recorder.keywords, names, file)
+        return onnx.write(module, inputs, recorder.keywords, names, file) | cut
     if fmt == "torch":
         from autocompress.deploy import torch_export
 
-        torch_export.write(recorder.module, inputs, recorder.keywords, file)
+        torch_export.write(module, inputs, recorder.keywords, file)
     elif effort is None:
         shutil.copyfile(artifact, file)
     else:
         file.write_bytes(container.pack(read(artifact), effort))
     found = recorder.outputs[recorder.tests[0]]
-    return {"inputs": _described(example), "outputs": _described(found)}
+    return {"inputs": _described(example), "outputs": _described(found)} | cut
+
+
+def _slim(recorder: _Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+    """The module without dead units and what the manifest says of it; as it is where torch.export refuses it."""
+    from autocompress.deploy.slim import slimmed
+
+    try:
+        module, cut = slimmed(recorder.module, inputs, recorder.keywords)
+    except ExportError as error:
+        return recorder.module, {"cut": {"dead_units": 0, "because": str(error)}}
+    return module, {"cut": cut.to_json()}
 
 
 def _described(arrays: Named) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from autocompress.tasks.wording import one_line
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.export import ExportedProgram
 
 
 def write(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, path: Path) -> None:
@@ -30,20 +31,31 @@ def write(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, path: Pa
     """
     import torch
 
+    program = exported(module, inputs, keywords)
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    with quiet():
+        try:
+            torch.export.save(program, path)
+        except Exception as error:  # whatever its serialiser meets
+            raise ExportError(f"{type(module).__name__} cannot be saved by torch.export: {one_line(error)}") from error
+
+
+def exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> ExportedProgram:
+    """The module's graph as torch.export gives it, the batch size dynamic. Arguments and errors as in `write`."""
+    import torch
+
     batch = {name: {0: torch.export.Dim("batch", min=1)} for name in inputs}
     with quiet():
         try:
-            program = torch.export.export(
+            return torch.export.export(
                 module,
                 () if keywords else tuple(inputs.values()),
                 dict(inputs) if keywords else None,
                 dynamic_shapes=batch if keywords else tuple(batch.values()),
                 strict=False,
             )
-            program.example_inputs = None
-            for node in program.graph.nodes:
-                node.meta.pop("stack_trace", None)
-            torch.export.save(program, path)
         except Exception as error:  # torch.export raises whatever the model's own code raises, too
             raise ExportError(
                 f"{type(module).__name__} cannot be exported by torch.export: {one_line(error)}"
