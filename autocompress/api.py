@@ -24,12 +24,15 @@ from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
 
 if TYPE_CHECKING:
+    from autocompress.engine import Cluster
     from autocompress.preflight import Preflight
+    from autocompress.search.space import Space
     from autocompress.session import Listener, Session
     from autocompress.trial import Workbench
 
 _log = logging.getLogger("autocompress")
 DEFAULT_TRIALS = 40
+"""Of a study; with the sampler "continuation" a time budget may hold more."""
 RUNGS = (0.0, 0.25, 1.0)
 """Shares of the finetuning at which a trial is measured; it may be stopped at the one in the middle."""
 _PACKAGES = ("torch", "optuna", "ray", "mlflow", "numpy", "llvmlite")
@@ -38,7 +41,7 @@ _PACKAGES = ("torch", "optuna", "ray", "mlflow", "numpy", "llvmlite")
 def search(
     task: Task | str,
     *,
-    trials: int = DEFAULT_TRIALS,
+    trials: int | None = None,
     workers: int | None = None,
     name: str | None = None,
     dir: str | Path | None = None,
@@ -58,20 +61,21 @@ def search(
 ) -> Study:
     """Search plans for a task and give back the study with its Pareto front.
 
-    `trials` counts all trials of the study. A study of that `name` is continued if task, data,
+    `trials` (40) counts all trials of the study. A study of that `name` is continued if task, data,
     space and seed are the same (StudyError otherwise). `time_budget` ("10m" or seconds) ends the
     search early; what is finished is kept. `effort` is the coder of the artifacts: "auto" (the
     shortest of ours), "fast", "max", or "huffman" (Deep Compression's). With `inherit` a trial goes on
     from the state of the nearest milder plan of the front; the sampler "continuation" does so always
     (its default space is "continuation"), with about 2,000 steps of finetuning a trial when
-    `finetune_epochs` does not say, or as many as fill the `time_budget`. The task's model is never changed.
+    `finetune_epochs` does not say, or with as many, and as many `trials`, as fill the `time_budget`. The task's
+    model is never changed.
     Raises TaskError, SpaceError, StudyError, UsageError for mistakes, KeyboardInterrupt
     when it is stopped.
     """
     from autocompress import engine
     from autocompress.search.samplers import check_sampler
 
-    check_numbers(trials, seed, finetune_epochs)
+    check_numbers(DEFAULT_TRIALS if trials is None else trials, seed, finetune_epochs)
     check_effort(effort)
     engine.plan_cluster(workers, address)
     check_sampler(sampler)
@@ -166,7 +170,7 @@ def _search(
     *,
     records: Records,
     origin: Mapping[str, str] | None,
-    trials: int,
+    trials: int | None,
     workers: int | None,
     name: str | None,
     seed: int,
@@ -204,14 +208,10 @@ def _search(
     if along:
         check_continuable(found)
     priced = is_continuable(found)
-    if epochs is None and along and name is not None and records.file(name).exists():
-        epochs = StudyStore.open(records.file(name)).settings.epochs
-    if epochs is None and along and budget is not None:
-        epochs = preflight.epochs_within(
-            bench, found, seconds=budget, trials=trials, workers=cluster.workers, threads=cluster.threads
-        )
-    if epochs is None:
-        epochs = bench.default_epochs * (preflight.PATIENCE if along else 1)
+    before = StudyStore.open(records.file(name)) if name is not None and records.file(name).exists() else None
+    trials, epochs = _scope(
+        bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along, before=before
+    )
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
     settings = Settings(
         study=name or records.new_name(task.name),
@@ -265,6 +265,32 @@ def _search(
             _note_tests(store, records, task, bench)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
+
+
+def _scope(
+    bench: Workbench,
+    space: Space,
+    cluster: Cluster,
+    *,
+    trials: int | None,
+    epochs: float | None,
+    budget: float | None,
+    along: bool,
+    before: StudyStore | None,
+) -> tuple[int, float]:
+    """Trials, and epochs of each, where they were not asked for; those of a continuation as begun, else by budget."""
+    from autocompress import preflight
+
+    if epochs is None and along and before is not None:
+        epochs, trials = before.settings.epochs, before.asked if trials is None else trials
+    wanted = DEFAULT_TRIALS if trials is None else trials
+    if epochs is not None:
+        return wanted, epochs
+    found: tuple[int, float] | None = None
+    if along and budget is not None:
+        way = {"trials": wanted, "workers": cluster.workers, "threads": cluster.threads}
+        found = preflight.filling(bench, space, seconds=budget, **way, more=trials is None)
+    return found or (wanted, bench.default_epochs * (preflight.PATIENCE if along else 1))
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     search = add("search", _search, "Search plans for a task.", _search_options, _goal_options)
     search.add_argument("task", metavar="TASK", help="a built-in name, module:function, or file.py:function")
     search.add_argument("--study", metavar="NAME", help="name of the study (default: made from the task's)")
-    search.add_argument("--trials", type=_whole, default=40, metavar="N", help="trials of the study in all (40)")
+    search.add_argument("--trials", type=_whole, metavar="N", help="trials of the study in all (40)")
     search.add_argument("--space", metavar="FILE|NAME", help="search space (default: the one called default)")
     search.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything random (0)")
     search.add_argument("--sampler", default="tpe", metavar="NAME", help=f"{', '.join(SAMPLERS)} (tpe)")
@@ -219,19 +219,16 @@ def _search(options: argparse.Namespace) -> int:
             command=shlex.join(["autocompress", *sys.argv[1:]]),
             **more,
         ),
-        options.trials,
     )
 
 
 def _resume(options: argparse.Namespace) -> int:
     from autocompress import api
     from autocompress.folders import Records
-    from autocompress.search.study import StudyStore
 
     _check_goal(options)
     records = Records.find(options.dir)
     options.study = records.existing(options.study)
-    trials = options.trials or StudyStore.open(records.file(options.study)).asked
     return _run_search(
         options,
         lambda **more: api.resume(
@@ -244,17 +241,16 @@ def _resume(options: argparse.Namespace) -> int:
             address=options.address,
             **more,
         ),
-        trials,
     )
 
 
-def _run_search(options: argparse.Namespace, search: Callable[..., Any], trials: int) -> int:
+def _run_search(options: argparse.Namespace, search: Callable[..., Any]) -> int:
     """Search with the board on the terminal; name the best points, how to look and how to export."""
     from autocompress.terminal import Board, coverage_table, preflight_lines
 
     console = _console()
     names: list[str] = []
-    board = Board(console, trials)
+    board = Board(console)
 
     def show(name: str, found: Any) -> None:
         names.append(name)

@@ -99,7 +99,7 @@ def preflight(
         step, fixed, problem = math.nan, math.nan, f"{type(error).__name__}: {' '.join(str(error).split())}"
     recipe_epochs = space.plan(space.clip({k.name: k.at(0.5) for k in space.knobs}), epochs).recipe.epochs
     full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
-    early = max(0, trials - uniform_steps(trials) - 1)
+    early = max(0, trials - uniform_steps(trials) - 1) if rungs > 1 else 0
     work = full * (trials - 0.35 * early) * (_CONTENTION if workers > 1 else 1.0)
     seconds = (STARTUP_SECONDS if startup else 0.0) + work / min(workers, max(1, trials)) + fixed * 8
     return Preflight(
@@ -129,22 +129,26 @@ def sweep_trials(trials: int, workers: int) -> int:
     return min(2 * (trials - 1) // 3, workers * STEPS) if trials > 1 else 0
 
 
-def epochs_within(
-    bench: Workbench, space: Space, *, seconds: float, trials: int, workers: int, threads: int
-) -> float | None:
-    """Epochs of finetuning with which so many trials take about `seconds`: 100 steps to `MOST_EPOCHS` epochs.
+def filling(
+    bench: Workbench, space: Space, *, seconds: float, trials: int, workers: int, threads: int, more: bool
+) -> tuple[int, float] | None:
+    """Trials of a continuation, and epochs of finetuning for each, that take about `seconds`.
 
-    None where a step cannot be measured: what is wrong is then told by the preflight.
+    So many trials, with 100 steps to `MOST_EPOCHS` epochs each; where these are over too early, more trials if
+    `more`. None where a step cannot be measured: what is wrong is then told by the preflight.
     """
     try:
         step, fixed = _costs(bench, space, threads, 1.0)
     except Exception:  # whatever a user's loss, metric or data raises
         return None
-    rounds = math.ceil(trials / min(workers, trials))
+    workers = min(workers, trials)
     slowed = _CONTENTION if workers > 1 else 1.0
-    left = (_FILLED * seconds - STARTUP_SECONDS - 8 * fixed) / rounds / slowed - fixed
+    left = (_FILLED * seconds - STARTUP_SECONDS - 8 * fixed) / slowed
+    epoch = step * bench.steps_per_epoch
     least = 100 / bench.steps_per_epoch
-    return max(least, min(MOST_EPOCHS, left / (step * bench.steps_per_epoch)))
+    epochs = max(least, min(MOST_EPOCHS, (left / math.ceil(trials / workers) - fixed) / epoch))
+    fitting = workers * int(left / (MOST_EPOCHS * epoch + fixed)) if more and epochs == MOST_EPOCHS else 0
+    return max(trials, fitting), epochs
 
 
 def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple[float, float]:

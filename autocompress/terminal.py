@@ -96,8 +96,8 @@ def _sum(rows: Sequence[CoverageRow], what: str) -> CoverageRow:
 class Board:
     """A `session.Listener` that shows the search: live where the console is a terminal."""
 
-    def __init__(self, console: Console, trials: int) -> None:
-        self.console, self.trials = console, trials
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.live: Any = None
         self._began = time.monotonic()
         self._rows: dict[int, str] = {}
@@ -141,7 +141,7 @@ class Board:
 
     def _line(self, trial: TrialRecord, record: StudyRecord) -> str:
         done = sum(t.state != "running" for t in record.trials)
-        tail = f"[{done}/{self.trials}, hypervolume {record.hypervolume():.3f}{self._left(done)}]"
+        tail = f"[{done}/{record.asked}, hypervolume {record.hypervolume():.3f}{self._left(done, record.asked)}]"
         if trial.best is None or trial.state == "failed":
             return f"trial {trial.number:>3} failed: {trial.error} {tail}"
         mark = "  front" if any(t.number == trial.number for t in record.front) else ""
@@ -150,12 +150,12 @@ class Board:
             f"{record.ratio(trial):6.1f}x  {record.metric} {metric_text(trial.best.metric_val)}{mark}  {tail}"
         )
 
-    def _left(self, done: int) -> str:
+    def _left(self, done: int, asked: int) -> str:
         mine = len(self._ended) - 1
-        if mine < 2 or done >= self.trials:
+        if mine < 2 or done >= asked:
             return ""
         rate = (time.monotonic() - self._first_done) / mine  # not from the start, when workers were still starting
-        return f", {human_time(rate * (self.trials - done))} left"
+        return f", {human_time(rate * (asked - done))} left"
 
     def _render(self) -> RenderableType:
         from rich.console import Group
@@ -164,12 +164,13 @@ class Board:
         from rich.text import Text
 
         record = self._record
-        done = sum(t.state != "running" for t in record.trials) if record else 0
+        done, asked = (sum(t.state != "running" for t in record.trials), record.asked) if record else (0, 0)
         head = Table.grid(padding=(0, 1))
         elapsed = human_time(time.monotonic() - self._began)
         volume = f"hypervolume {record.hypervolume():.3f}" if record else "starting workers"
-        progress = ProgressBar(total=self.trials, completed=done, width=30)
-        head.add_row(progress, f"{done}/{self.trials} trials", volume, f"{elapsed}{self._left(done)}")
+        progress = ProgressBar(total=asked or None, completed=done, width=30)
+        trials = f"{done}/{asked} trials" if record else ""
+        head.add_row(progress, trials, volume, f"{elapsed}{self._left(done, asked)}")
         table = Table(box=None, pad_edge=False, header_style="bold")
         metric = record.metric if record else "metric"
         for column in ("trial", "state", "size", "ratio", metric, "epoch"):

@@ -250,13 +250,21 @@ def test_a_stray_file_among_the_states_is_no_state(tmp_path, local, one_thread):
 
 
 def test_a_time_budget_decides_how_long_trials_finetune(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(preflight, "epochs_within", lambda *_, seconds, **__: seconds / 30)
+    monkeypatch.setattr(preflight, "filling", lambda *_, seconds, trials, **__: (trials, seconds / 30))
     options = {"sampler": "continuation", "workers": 1, "finetune_epochs": None}
     fills = searched(tmp_path, 2, name="fills", time_budget="1m", **options).record
     assert {t.plan.recipe.epochs for t in fills.trials[1:]} == {2.0}
     again = searched(tmp_path, 3, name="fills", time_budget="2m", **options).record  # as it was begun
     assert {t.plan.recipe.epochs for t in again.trials[1:]} == {2.0}
     assert len(again.trials) == 3
+
+
+def test_a_time_budget_decides_how_many_trials_there_are(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(preflight, "filling", lambda *_, trials, more, **__: (4 if more else trials, 1.0))
+    options = {"sampler": "continuation", "workers": 1, "finetune_epochs": None, "time_budget": "1m"}
+    assert len(searched(tmp_path, None, name="fills", **options).record.trials) == 4
+    assert len(searched(tmp_path, None, name="fills", **options).record.trials) == 4  # as it was begun
+    assert len(searched(tmp_path, 3, name="asked", **options).record.trials) == 3
 
 
 @pytest.mark.parametrize(("trials", "chains", "steps"), [(24, 2, 12), (100, 2, 12), (7, 2, 3), (26, 8, 3), (10, 1, 10)])

@@ -87,8 +87,11 @@ def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
     monkeypatch.setattr(bench, "steps_per_epoch", 100)
     monkeypatch.setattr(preflight, "_costs", lambda *_: (0.5, 2.0))  # seconds of a step, and of a measurement
 
-    def epochs(seconds: float, workers: int = 1) -> float | None:
-        return preflight.epochs_within(bench, space, seconds=seconds, trials=10, workers=workers, threads=1)
+    def epochs(seconds: float, workers: int = 1) -> float:
+        way = {"trials": 10, "workers": workers, "threads": 1, "more": False}
+        trials, epochs = preflight.filling(bench, space, seconds=seconds, **way)
+        assert trials == 10
+        return epochs
 
     alone = epochs(3000)
     spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 10 * (alone * 100 * 0.5 + 2.0)
@@ -98,10 +101,23 @@ def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
     assert epochs(1e6) == preflight.MOST_EPOCHS
 
 
+def test_a_long_time_budget_gets_more_trials(bench, monkeypatch):
+    space = load_space("continuation", bench.layers)
+    monkeypatch.setattr(bench, "steps_per_epoch", 100)
+    monkeypatch.setattr(preflight, "_costs", lambda *_: (0.5, 2.0))
+    one = preflight.MOST_EPOCHS * 100 * 0.5 + 2.0  # seconds of the longest trial
+    way = {"trials": 10, "workers": 2, "threads": 1, "more": True}
+    for seconds in (1000, 1e4, 1e5):
+        trials, epochs = preflight.filling(bench, space, seconds=seconds, **way)
+        assert (trials > 10) == (epochs == preflight.MOST_EPOCHS) == (seconds > 1e4)
+    spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 1.25 * trials / 2 * one  # of the last
+    assert 0.9 * 1e5 - 1.25 * one < spent <= 0.9 * 1e5
+
+
 def test_what_cannot_be_measured_gives_no_epochs(bench, monkeypatch):
     def broken(*_: object) -> tuple[float, float]:
         raise ValueError("no such shape")
 
     monkeypatch.setattr(preflight, "_costs", broken)
     space = load_space("continuation", bench.layers)
-    assert preflight.epochs_within(bench, space, seconds=60, trials=3, workers=1, threads=1) is None
+    assert preflight.filling(bench, space, seconds=60, trials=3, workers=1, threads=1, more=True) is None
