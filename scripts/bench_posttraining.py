@@ -1,14 +1,15 @@
 """Compression without finetuning: what saliency, rounding and granularity buy on real pretrained nets.
 
-    python scripts/bench_posttraining.py FOLDER [--nets NAME ...] [--only pruning|rounding|scales] [--split test]
+    python scripts/bench_posttraining.py FOLDER [--nets NAME ...] [--only pruning|rounding|scales|rates] [--split test]
     python scripts/bench_posttraining.py FOLDER --time minilm
 
-FOLDER holds the package files that scripts/pretrained_nets.py names. Every layer has the same plan; a metric is that
-of the model that the written file decodes to. Tables:
+FOLDER holds the package files that scripts/pretrained_nets.py names; a net may also be a built-in task. Every layer has
+the same plan; a metric is that of the model that the written file decodes to. Tables:
 
 pruning: float32 weights, so many pruned as are below threshold 0.4, 0.7, 1.0, 1.3, by each saliency.
 rounding: 4, 3 and 2 bits, a scale for each channel: nearest against Hessian.
 scales: 4 and 3 bits, Hessian: per tensor, channel and group of 48, codebook, asymmetric.
+rates: Hessian, one scale: 4, 3 and 2 bits, then 5 bits at prices of 0.3 to 12 (smaller files left of larger ones).
 
 "<" marks a metric worse than the one left of it. --time compresses a net in a fresh process (3 bits, a scale a channel,
 threshold 0.7, both by Hessian) and prints seconds, processor seconds and peak memory.
@@ -32,6 +33,8 @@ from autocompress.compress import artifact
 from autocompress.errors import TrialFailed
 from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.tasks.batches import evaluate
+from autocompress.tasks.builtin import builtin_names
+from autocompress.tasks.loading import load_task
 from autocompress.trial import Budget, Workbench, run_trial
 
 PER_CHANNEL = partial(LayerPlan, quantizer="uniform", granularity="channel")
@@ -56,7 +59,13 @@ TABLES = {
         }
         for bits in (4, 3)
     },
+    "rates": {
+        "no price": {f"{bits} bits": ROUNDED(bits=bits) for bits in (4, 3, 2)},
+        **{f"rate {rate}": {"5 bits": (ROUNDED(bits=5), rate)} for rate in (0.3, 1.0, 3.0, 6.0, 12.0)},
+    },
 }
+Way = LayerPlan | tuple[LayerPlan, float]
+"""What each layer's plan is, and the price of a bit."""
 
 
 def workbench(name: str, folder: Path) -> Workbench:
@@ -64,36 +73,39 @@ def workbench(name: str, folder: Path) -> Workbench:
     sys.path.insert(0, str(Path(__file__).parent))
     from pretrained_nets import NETS
 
+    if name in builtin_names():
+        return Workbench(load_task(name), "cpu")
     return Workbench(NETS[name](folder), "cpu")
 
 
-def compressed(bench: Workbench, layer: LayerPlan) -> bytes:
+def compressed(bench: Workbench, way: Way, effort: str = "fast") -> bytes:
     """The file of a trial in which each layer has this plan."""
-    plan = Plan({spec.name: layer for spec in bench.layers}, Recipe(0.0, 1e-3, 0.0))
-    (outcome,) = run_trial(bench, plan, Budget((0.0,)), effort="fast")
+    layer, rate = way if isinstance(way, tuple) else (way, 0.0)
+    plan = Plan({spec.name: layer for spec in bench.layers}, Recipe(0.0, 1e-3, 0.0, rate))
+    (outcome,) = run_trial(bench, plan, Budget((0.0,)), effort=effort)
     return outcome.artifact
 
 
-def metric(bench: Workbench, layer: LayerPlan, split: str) -> tuple[float, int]:
+def metric(bench: Workbench, way: Way, split: str, effort: str) -> tuple[float, int]:
     """The metric of the decoded file, and its bytes; not a number where the trial fails."""
     try:
-        data = compressed(bench, layer)
+        data = compressed(bench, way, effort)
     except TrialFailed:
         return float("nan"), 0
     model = artifact.restore(container.unpack(data, max_elements=1 << 40), bench.task.model)
     return evaluate(bench.task, model, split), len(data)
 
 
-def rows(bench: Workbench, table: str, split: str) -> Iterator[tuple[str, list[str]]]:
+def rows(bench: Workbench, table: str, split: str, effort: str) -> Iterator[tuple[str, list[str]]]:
     """Each row's name, and in each column the metric, the bytes and the seconds."""
     better = 1 if bench.task.direction == "maximize" else -1
     for name, columns in TABLES[table].items():
         cells, before = [], -float("inf")
-        for layer in columns.values():
+        for way in columns.values():
             began = time.perf_counter()
-            found, size = metric(bench, layer, split)
+            found, size = metric(bench, way, split, effort)
             mark = "<" if better * found < before else ""
-            cells.append(f"{mark}{found:.4f} {size / 1e3:.0f}K {time.perf_counter() - began:.0f}s")
+            cells.append(f"{mark}{found:.4f} {size / 1e3:.1f}K {time.perf_counter() - began:.0f}s")
             before = better * found
         yield name, cells
 
@@ -117,6 +129,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=["mobilenet-v2", "minilm", "llama-15m", "crnn", "crepe-tiny"])
     parser.add_argument("--only", nargs="+", choices=tuple(TABLES), default=tuple(TABLES))
     parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--effort", choices=container.EFFORTS, default="fast", help="of the coder")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--time", metavar="NET")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -133,7 +146,7 @@ def main() -> None:
             print(f"{name}, {bench.task.metric_name} on {options.split}: {whole:.4f} in float32", flush=True)
             for table in options.only:
                 print(f"  {table}: {', '.join(next(iter(TABLES[table].values())))}", flush=True)
-                for row, cells in rows(bench, table, options.split):
+                for row, cells in rows(bench, table, options.split, options.effort):
                     print(f"    {row:<14}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 
 

@@ -137,7 +137,7 @@ def test_weights_move_towards_what_makes_good_for_changed_inputs():
 
 def test_parts_and_groups_lie_as_the_matrix_does():
     matrix = torch.arange(6 * 8.0).reshape(6, 8)
-    layout = solve._Layout(3, 2)
+    layout = solve.Layout(3, 2)
     parted = layout.parted(matrix)
     assert parted.shape == (6, 2, 4)
     assert torch.equal(parted[3], matrix[2:4, 4:])  # the second group's rows, its second part's columns

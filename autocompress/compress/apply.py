@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.codec.tensors import Coded, Raw, grid_table
-from autocompress.compress import calibrate, lowrank, prune, quantize, ranges, scales, solve
+from autocompress.compress import calibrate, lowrank, priced, prune, quantize, ranges, scales, solve
 from autocompress.compress.artifact import SCALE, raw_tensor, unique_state
 from autocompress.compress.calibrate import is_layer
 from autocompress.compress.factors import Factoriser
@@ -327,24 +327,20 @@ def compress(
             raise TrialFailed(f"weight {key!r} holds values that are not finite")
     plans = {key: layer for key, layer in plans.items() if layer != LayerPlan()}
     codes: dict[str, Code | RatedCode] = {}
+    by_key = replace(plan, layers=plans)
     looked_at = {
-        key
+        key: layer
         for key, layer in plans.items()
-        if solve.is_calibrated(layer)
-        and not is_rated(plan, layer)
+        if (layer.rounding == "hessian" if is_rated(plan, layer) else solve.is_calibrated(layer))
         and (start is None or learned[key] is not start.tensors)
     }
     for key, layer in plans.items():
-        weight = module.get_parameter(key)
         if is_rated(plan, layer):
-            codes[key] = _rated(weight, layer, learned[key], key)
             codes |= _rated_bias(module, key, learned[key])
-        elif key not in looked_at:
-            codes[key] = Code(weight, layer, learned[key], key)
+        if key not in looked_at:
+            codes[key] = _code(module, by_key, key, learned[key])
     if looked_at:
-        codes |= _calibrated(
-            module, {key: plans[key] for key in plans if key in looked_at}, codes, learned, calibration
-        )
+        codes |= _calibrated(module, replace(plan, layers=looked_at), codes, learned, calibration)
         codes = {key: codes[key] for key in first.values() if key in codes}
     aliases = {
         key: first[id(tensor)]
@@ -378,33 +374,48 @@ def _ranges(
 
 def _calibrated(
     module: nn.Module,
-    plans: Mapping[str, LayerPlan],
+    plan: Plan,
     others: Mapping[str, Code | RatedCode],
     learned: Mapping[str, Mapping[str, Tensor]],
     calibration: Callable[[], Any] | None,
-) -> dict[str, Code]:
-    """The codes of weights whose plans ask for the layers' inputs."""
+) -> dict[str, Code | RatedCode]:
+    """The codes of weights whose plans ask for the layers' inputs; the plan's layers are those, by state key."""
     if calibration is None:
-        raise TrialFailed(f"layer {next(iter(plans)).rpartition('.')[0]!r} needs calibration data, and none is given")
+        name = next(iter(plan.layers)).rpartition(".")[0]
+        raise TrialFailed(f"layer {name!r} needs calibration data, and none is given")
     inputs = calibration()
-    codes: dict[str, Code] = {}
+    codes: dict[str, Code | RatedCode] = {}
+    rated = {key for key, layer in plan.layers.items() if is_rated(plan, layer)}
+    elements = sum(module.get_parameter(key).numel() for key in {*rated, *others})
+    bit = priced.EXCHANGE * plan.recipe.rate * len(rated) / max(1, elements)
 
     def solved(key: str, weight: Tensor, moments: calibrate.Moments, groups: int) -> solve.Prepared:
-        unit = unit_of(weight, learned[key], key)
-        found = moments.statistics()
-        return solve.solve(weight, plans[key], unit, found, drift=moments.drift, groups=groups)
+        given = weight, plan.layers[key], unit_of(weight, learned[key], key), moments.statistics()
+        if key in rated:
+            return priced.solve(*given, bit=bit, drift=moments.drift, groups=groups)
+        return solve.solve(*given, drift=moments.drift, groups=groups)
 
     def values(key: str, prepared: solve.Prepared) -> Tensor:
-        codes[key] = Code(module.get_parameter(key), plans[key], learned[key], key, prepared)
+        codes[key] = _code(module, plan, key, learned[key], prepared)
         return codes[key].values().detach()
 
     plain = {key: code.values().detach() for key, code in others.items()}
-    labels = {key: key.removesuffix(".weight") for key in plans}
+    labels = {key: key.removesuffix(".weight") for key in plan.layers}
     prepare(module, plain, labels, solved, values, lambda model: call_with(model, {}, inputs))
-    for key, layer in plans.items():
+    for key in plan.layers:
         if key not in codes:
-            codes[key] = Code(module.get_parameter(key), layer, {}, key)
+            codes[key] = _code(module, plan, key, {})
     return codes
+
+
+def _code(
+    module: nn.Module, plan: Plan, key: str, learned: Mapping[str, Tensor], prepared: solve.Prepared | None = None
+) -> Code | RatedCode:
+    """A weight's code: from what was prepared, else from what was learned, else from itself. The plan is by key."""
+    weight, layer = module.get_parameter(key), plan.layers[key]
+    if is_rated(plan, layer):
+        return _rated(weight, layer, learned, key, prepared)
+    return Code(weight, layer, learned, key, prepared)
 
 
 def unit_of(weight: Tensor, start: Mapping[str, Tensor], key: str) -> float:
@@ -418,9 +429,13 @@ def is_rated(plan: Plan, layer: LayerPlan) -> bool:
     return plan.recipe.rate > 0 and 2 <= layer.bits <= 8
 
 
-def _rated(weight: Tensor, layer: LayerPlan, learned: Mapping[str, Tensor], key: str) -> RatedCode:
+def _rated(
+    weight: Tensor, layer: LayerPlan, learned: Mapping[str, Tensor], key: str, prepared: solve.Prepared | None
+) -> RatedCode:
     """A weight's code under a rate: what lies below the threshold starts at zero, the step is the least squares one."""
-    unit = float(learned.get(f"{key}#unit", weight.detach().double().std(correction=0)))
+    unit = unit_of(weight, learned, key)
+    if prepared is not None and prepared.step is not None:
+        return RatedCode(prepared.weight, layer.bits, prepared.step, unit)
     step = learned.get(f"{key}#step")
     if step is not None:
         return RatedCode(weight, layer.bits, step, unit)

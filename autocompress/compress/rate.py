@@ -171,6 +171,19 @@ def model_of(levels: Tensor, top: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (row - middle, column), torch.cat([bits[:1], bits.diff(), bits.new_zeros(1)])
 
 
+def excess(rises: Tensor) -> Tensor:
+    """R(k) - R(0) for k = 0 .. top, (top + 1,), without the odds."""
+    return torch.cat([rises.new_zeros(1), rises[:-1].cumsum(0)])
+
+
+def bits_of(levels: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tensor:
+    """R of each level, as a matrix (r, c), under a model (`model_of`)."""
+    size = (levels.abs().flatten(1) if levels.dim() > 1 else levels.abs().unsqueeze(0)).long()
+    both = odds[0] + odds[1]
+    told = torch.logaddexp2(torch.zeros_like(both), torch.where(size > 0, -both, both))
+    return told + excess(rises)[size]
+
+
 def slopes(u: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tensor:
     """dR/du, of u's shape; R is linear between levels."""
     flat = u.flatten(1) if u.dim() > 1 else u.unsqueeze(0)

@@ -52,8 +52,20 @@ def solve(
 
     `drift` (g, d, d): see `towards`.
     """
+    problem = posed(weight, plan, unit, inputs, drift=drift, groups=groups)
+    if plan.bits > 8 or plan.rounding != "hessian":
+        found = Prepared(problem.layout.whole(problem.weight), problem.layout.whole(problem.mask))
+    else:
+        found = _on_table(problem, plan) if plan.quantizer == "codebook" else on_grid(problem, plan)
+    return shaped(found, weight)
+
+
+def posed(
+    weight: Tensor, plan: LayerPlan, unit: float, inputs: Statistics, *, drift: Tensor | None = None, groups: int = 1
+) -> Problem:
+    """The problem of a layer's weight, pruned; arguments as in `solve`."""
     matrix = weight.detach().float().flatten(1)
-    layout = _Layout(groups, inputs.parts)
+    layout = Layout(groups, inputs.parts)
     w, hessian = layout.parted(matrix), rounding.damped(inputs.gram.to(matrix))
     aim = w if drift is None else towards(w, hessian, drift.to(w))
     by_size = prune.magnitude_mask(w, plan.threshold, unit)
@@ -63,11 +75,12 @@ def solve(
         mask = prune.activation_mask(w, hessian.diagonal(dim1=1, dim2=2), count)
     elif count and plan.saliency == "hessian":
         mask, fitted = prune.hessian_pruned(aim, hessian, count)
-    if plan.bits > 8 or plan.rounding != "hessian":
-        return Prepared(layout.whole(fitted).reshape(weight.shape).to(weight), layout.whole(mask).reshape(weight.shape))
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    problem = _Problem(layout, fitted, mask, hessian, order)
-    found = _on_table(problem, plan) if plan.quantizer == "codebook" else _on_grid(problem, plan)
+    return Problem(layout, fitted, mask, hessian, order)
+
+
+def shaped(found: Prepared, weight: Tensor) -> Prepared:
+    """What was found for a layer's matrix, in the shape and dtype of its weight."""
     return replace(found, weight=found.weight.reshape(weight.shape).to(weight), mask=found.mask.reshape(weight.shape))
 
 
@@ -81,7 +94,7 @@ def towards(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How a matrix of weights (out, d) lies as (groups * parts, out / groups, d / parts), which is the g, r, d here."""
 
     groups: int
@@ -98,10 +111,10 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """Weights, those that stay, H, and for each of the g the order of its columns: the greatest diagonal first."""
 
-    layout: _Layout
+    layout: Layout
     weight: Tensor
     mask: Tensor
     hessian: Tensor
@@ -125,7 +138,7 @@ class _Problem:
         return self.hessian.diagonal(dim1=1, dim2=2).unsqueeze(1) * self.mask
 
 
-def _on_grid(problem: _Problem, plan: LayerPlan) -> Prepared:
+def on_grid(problem: Problem, plan: LayerPlan) -> Prepared:
     layout, asymmetric = problem.layout, plan.quantizer == "asymmetric"
     matrix = layout.whole(problem.weight)
     grid = scales.fit(matrix, layout.whole(problem.importance()), plan.bits, plan.granularity, asymmetric=asymmetric)
@@ -163,7 +176,7 @@ def _on_grid(problem: _Problem, plan: LayerPlan) -> Prepared:
     step = spread(grid.step)
     for _ in range(rounding.ROUNDS):
         level = torch.round(values / step)
-        grid = replace(grid, step=_refit(problem, problem.unsorted(level), grid.step))
+        grid = replace(grid, step=refit(problem, problem.unsorted(level), grid.step))
         step = spread(grid.step)
         values, wanted = rounding.descend(weight, level * step, hessian, rounder(step))
     one = grid.step.numel() == 1
@@ -180,7 +193,7 @@ def _short(step: Tensor) -> Tensor:
     return step if step.numel() == 1 else step.bfloat16().to(step)
 
 
-def _refit(problem: _Problem, level: Tensor, step: Tensor) -> Tensor:
+def refit(problem: Problem, level: Tensor, step: Tensor) -> Tensor:
     """The scales of (nearly) least error for the levels (g, r, d) as they are; an old one where none above 0 is."""
     layout, hessian = problem.layout, problem.hessian
     size = layout.whole(level).shape
@@ -203,7 +216,7 @@ def _refit(problem: _Problem, level: Tensor, step: Tensor) -> Tensor:
     return torch.where(usable, found, step)
 
 
-def _on_table(problem: _Problem, plan: LayerPlan) -> Prepared:
+def _on_table(problem: Problem, plan: LayerPlan) -> Prepared:
     w, mask = problem.weight, problem.mask
     table = quantize.kmeans(w[mask], 2**plan.bits, importance=problem.importance()[mask]).bfloat16().to(w)
     hessian, weight, kept = problem.sorted_hessian(), problem.sorted(w), problem.sorted(mask)
