@@ -187,7 +187,13 @@ def _search(
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
-    from autocompress.search.continuation import CONTINUATION, check_continuable, is_continuable, steps_within
+    from autocompress.search.continuation import (
+        CONTINUATION,
+        chains_within,
+        check_continuable,
+        is_continuable,
+        steps_within,
+    )
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder
     from autocompress.search.space_file import load_space
@@ -213,6 +219,7 @@ def _search(
         bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along, before=before
     )
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
+    chains = chains_within(sweep or trials - 1, cluster.workers)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -234,7 +241,8 @@ def _search(
         effort=effort,
         inherit=inherit or priced,
         sweep=sweep,
-        chain=steps_within(sweep or trials - 1, cluster.workers),
+        chain=steps_within(sweep or trials - 1, chains),
+        chains=chains,
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)
@@ -253,6 +261,7 @@ def _search(
                 epochs=settings.epochs,
                 rungs=len(settings.rungs),
                 startup=left > 0,
+                unstopped=max(settings.sweep, settings.steps),
             )
             on_preflight(settings.study, expected)
         deadline = None if budget is None else time.monotonic() + budget

@@ -122,6 +122,7 @@ def inspect_task(
     """The preflight of a search that is not run. Raises TaskError, SpaceError and UsageError as `search` does."""
     from autocompress import api, engine, preflight
     from autocompress.origins import load_origin, origin_of
+    from autocompress.search.continuation import is_continuable
     from autocompress.search.space_file import load_space
     from autocompress.tasks.checking import check_task
     from autocompress.trial import Workbench
@@ -131,13 +132,16 @@ def inspect_task(
     loaded = load_origin(origin_of(task, data_dir))
     check_task(loaded)
     bench = Workbench(loaded)
+    found = load_space(space, bench.layers, bench.rank_errors)
+    sweep = preflight.sweep_trials(trials, cluster.workers) if is_continuable(found) else 0
     return preflight.preflight(
         bench,
-        load_space(space, bench.layers, bench.rank_errors),
+        found,
         trials=trials,
         workers=cluster.workers,
         threads=cluster.threads,
         epochs=bench.default_epochs if epochs is None else epochs,
         rungs=len(api.RUNGS),
         startup=True,
+        unstopped=sweep or preflight.uniform_steps(trials),
     )

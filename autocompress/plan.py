@@ -116,6 +116,10 @@ class LayerSpec:
         return cls(**data | {"shape": tuple(data["shape"]), "shared_with": tuple(data["shared_with"])})
 
 
+MOST_THRESHOLD = 10.0
+"""Standard deviations beyond which a threshold is a mistake: hardly a weight lies there."""
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """What happens to one layer.
@@ -266,7 +270,7 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
         raise PlanError(f"{where}: bits is {plan.bits}, allowed: {', '.join(map(str, BIT_WIDTHS))}")
     if plan.quantizer not in QUANTIZERS:
         raise PlanError(f"{where}: quantizer is {plan.quantizer!r}, allowed: {', '.join(QUANTIZERS)}")
-    _within(where, "threshold", plan.threshold, 0.0, math.inf)
+    _within(where, "threshold", plan.threshold, 0.0, MOST_THRESHOLD)
     if plan.svd not in SVDS:
         raise PlanError(f"{where}: svd is {plan.svd!r}, allowed: {', '.join(SVDS)}")
     if plan.activation_bits not in ACTIVATION_BITS:

@@ -83,11 +83,21 @@ def coverage(bench: Workbench) -> tuple[CoverageRow, ...]:
 
 
 def preflight(
-    bench: Workbench, space: Space, *, trials: int, workers: int, threads: int, epochs: float, rungs: int, startup: bool
+    bench: Workbench,
+    space: Space,
+    *,
+    trials: int,
+    workers: int,
+    threads: int,
+    epochs: float,
+    rungs: int,
+    startup: bool,
+    unstopped: int = 0,
 ) -> Preflight:
     """Measure a few steps of a middling plan on one worker's threads, and extend that to the search.
 
-    `startup` is false when the search is not about to start Ray (there is nothing to wait for).
+    `startup` is false when the search is not about to start Ray (there is nothing to wait for). The first `unstopped`
+    trials after the baseline are never stopped early, nor are any of a search with one rung.
     """
     rows = coverage(bench)
     kept = sum(r.elements for r in rows if r.kind == "kept")
@@ -99,7 +109,7 @@ def preflight(
         step, fixed, problem = math.nan, math.nan, f"{type(error).__name__}: {' '.join(str(error).split())}"
     recipe_epochs = space.plan(space.clip({k.name: k.at(0.5) for k in space.knobs}), epochs).recipe.epochs
     full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
-    early = max(0, trials - uniform_steps(trials) - 1) if rungs > 1 else 0
+    early = max(0, trials - unstopped - 1) if rungs > 1 else 0
     work = full * (trials - 0.35 * early) * (_CONTENTION if workers > 1 else 1.0)
     seconds = (STARTUP_SECONDS if startup else 0.0) + work / min(workers, max(1, trials)) + fixed * 8
     return Preflight(

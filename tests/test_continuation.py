@@ -54,6 +54,37 @@ def test_each_chain_rises_from_the_lowest_price_to_the_highest():
         assert all(o == others[0] for o in others)
 
 
+def test_many_workers_still_reach_all_prices():
+    """Workers that have nothing to go on from begin somewhere between the lowest and the highest price."""
+    running = []
+    for number in range(1, 24):
+        step = following(running, SPACE, continuation.chains_within(23, 32), 0, number)
+        running.append(seen(number, step.parent, step.params, running=True, state=False))
+    rates = sorted(t.params[RATE] for t in running)
+    assert rates[:7] == [RATES.low] * 7
+    assert all(b / a < 1.5 for a, b in itertools.pairwise(rates[6:]))
+    assert rates[-1] > RATES.high / 1.5
+
+
+@pytest.mark.parametrize(("trials", "workers", "chains"), [(24, 2, 2), (24, 32, 8), (2, 4, 1), (1, 1, 1)])
+def test_chains_are_long_enough_to_rise(trials, workers, chains):
+    assert continuation.chains_within(trials, workers) == chains
+
+
+def test_the_newest_chain_goes_on_first():
+    low = {k.name: k.at(0.5) for k in SPACE.knobs} | {RATE: RATES.low}
+    ends = [seen(1, None, low), seen(2, None, low), seen(3, 1, low | {RATE: 0.2})]
+    assert following(ends, SPACE, 2, 0, 4).parent == 3
+
+
+def test_branches_vary_the_recipe():
+    high = {k.name: k.at(0.5) for k in SPACE.knobs} | {RATE: RATES.high}
+    trials = [seen(1, None, high), seen(2, None, high)]
+    step = following(trials, SPACE, 2, 0, 3)
+    assert step.parent is not None
+    assert any(step.params[k.name] != high[k.name] for k in SPACE.knobs if k.name not in {RATE})
+
+
 def test_chains_differ_in_their_settings():
     first, second = simulate(2)
     assert first.params != second.params
@@ -193,6 +224,7 @@ def test_a_search_by_continuation_keeps_the_fronts_states_and_names_parents(tmp_
 
 def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
     monkeypatch.setattr(continuation, "steps_within", lambda *_: STEPS)  # as if as many trials had been asked for
+    monkeypatch.setattr(continuation, "chains_within", lambda *_: 2)
     whole = searched(tmp_path, 9, sampler="continuation", workers=2, name="whole").record
     searched(tmp_path, 5, sampler="continuation", workers=2, name="parts")
     parts = api.resume("parts", trials=9, dir=tmp_path / "runs").record

@@ -342,3 +342,42 @@ def test_bad_tolerances_are_refused(rank, said):
         load_space({"version": 1, "layers": [{"rank": rank}]}, BENCH.layers, BENCH.rank_errors)
     with pytest.raises(SpaceError, match="where there is no task to measure"):
         load_space({"version": 1, "layers": [{"rank": {"tolerance": 0.1}}]}, BENCH.layers)
+
+
+class Joined(nn.Module):
+    """Two layers before one normalisation, or with one bias."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(12, 12, bias=not norm), nn.Linear(12, 12, bias=not norm)
+        self.norm = nn.BatchNorm1d(12) if norm else nn.Identity()
+        if not norm:
+            self.b.bias = self.a.bias
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.a(x))) + torch.relu(self.norm(self.b(x)))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_mean_that_two_layers_share_is_not_mended_for_one(norm):
+    x = torch.randn(600, 12) + 3
+    y = torch.randint(0, 12, (600,))
+    task = Task(Joined(norm).eval(), (x, y), (x, y), (x, y), F.cross_entropy, accuracy, batch_size=64)
+    bench = Workbench(task)
+    assert not any(bench.factoriser.shifts(spec) for spec in bench.layers)
+    plan = Plan({"a": LayerPlan(rank=3, svd="activation"), "b": LayerPlan()}, Recipe(0.0, 1e-3, 0.0))
+    module = apply.compress(bench.model, bench.layers, plan, bench.svd, factoriser=bench.factoriser).module
+    key = "norm.running_mean" if norm else "b.bias"
+    assert torch.equal(module.state_dict()[key], bench.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_inputs_that_never_vary_leave_finite_factors(value):
+    x, y = torch.full((300, 8), value), torch.randint(0, 4, (300,))
+    task = Task(nn.Sequential(nn.Linear(8, 20)).eval(), (x, y), (x, y), (x, y), F.cross_entropy, accuracy)
+    bench = Workbench(task)
+    plan = Plan({"0": LayerPlan(rank=3, svd="activation")}, Recipe(0.0, 1e-3, 0.0))
+    model = apply.compress(bench.model, bench.layers, plan, bench.svd, factoriser=bench.factoriser).module
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    torch.testing.assert_close(model(x), bench.model(x), rtol=1e-3, atol=1e-3)

@@ -320,3 +320,63 @@ def test_the_gradient_of_a_step_reaches_weights_tables_and_biases():
         assert code.table.grad[entry].item() == pytest.approx(
             values.grad.flatten()[codes == entry].sum().item(), abs=1e-6
         )
+
+
+class Gated(nn.Module):
+    """Gates that are always on get no gradient, and must stay; unit 0 of the body is off, and may go."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.body, self.head = nn.Linear(10, 6), nn.Linear(10, 6), nn.Linear(6, 4)
+        with torch.no_grad():
+            self.gate.weight.mul_(0.01)
+            self.gate.bias.fill_(6.0)
+            self.body.bias[0] = -9.0
+
+    def forward(self, x):
+        return self.head(F.hardsigmoid(self.gate(x)) * F.relu(self.body(x)))
+
+
+def priced(model, recipe):
+    specs = find_layers(model.eval(), lambda m: m(X[:1])).layers
+    plan = Plan({spec.name: LayerPlan(bits=5) for spec in specs}, recipe)
+    return apply.compress(model, specs, plan, None)
+
+
+def test_saturated_gates_survive_and_dead_units_do_not():
+    recipe = Recipe(31.0, 1e-3, 0.0, 0.1)  # 248 steps, of which the 200th clears
+    compressed = priced(Gated(), recipe)
+    list(finetune.finetune(compressed, feed(), F.cross_entropy, recipe, [31.0]))
+    assert compressed.codes["gate.bias"].values().min() > 3.0
+    assert not compressed.codes["body.weight"].values()[0].any()
+    assert compressed.codes["body.weight"].values()[1:].any(1).all()
+
+
+def test_batches_of_a_step_under_a_price_count_as_their_mean(monkeypatch):
+    """One step of two batches is one of both together: loss and price weigh the same."""
+
+    def stepped(accumulation, batch):
+        recipe = Recipe(1.0, 1e-3, 0.0, 50.0, accumulation=accumulation)
+        compressed = priced(make()[:2].append(nn.Linear(24, 4)), recipe)
+        monkeypatch.setattr(finetune, "_optimiser", lambda model, rate: torch.optim.SGD(
+            [{"params": [t for code in model.codes.values() for t in code.trained()[0]], "lr": 0.1}]))  # fmt: skip
+        list(finetune.finetune(compressed, feed(batch=batch), F.cross_entropy, recipe, [1.0]))
+        return compressed
+
+    one, two = stepped(1, 32), stepped(2, 16)
+    for key, code in one.codes.items():
+        torch.testing.assert_close(code.weights, two.codes[key].weights, rtol=1e-5, atol=1e-6)
+
+
+def test_the_price_is_told_what_was_paid_before_and_what_an_epoch_is(monkeypatch):
+    told = []
+    real = finetune.Charge
+    monkeypatch.setattr(
+        finetune, "Charge", lambda codes, *a, **k: told.append((len(codes), *a, k)) or real(codes, *a, **k)
+    )
+    recipe = Recipe(2.0, 1e-3, 0.0, 4.0, accumulation=2)
+    compressed = priced(Gated(), recipe)
+    compressed.paid = 1.5
+    list(finetune.finetune(compressed, feed(), F.cross_entropy, recipe, [2.0]))
+    assert told == [(6, 4.0, 1.5, 8, {"epoch": 4.0})]

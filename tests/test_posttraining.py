@@ -1,6 +1,7 @@
 """Plans that look at inputs and have scales, from the plan to the loaded file."""
 
 import itertools
+import math
 import subprocess
 import sys
 import warnings
@@ -274,3 +275,68 @@ def test_warnings_are_rare():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compressed(net(), LayerPlan(bits=3, rounding="hessian", saliency="hessian", threshold=0.5))
+
+
+class Experts(nn.Module):
+    """Each example goes to the expert that a gate tells; one never gets any."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.last = nn.Linear(6, 2)
+        with torch.no_grad():
+            self.gate.bias[2] = -1e3
+
+    def forward(self, x):
+        way = self.gate(x).argmax(1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            if (way == index).any():
+                y[way == index] = expert(x[way == index])
+        return self.last(y)
+
+
+@pytest.mark.filterwarnings("ignore:the inputs of 'experts.2'")
+def test_a_model_that_sends_examples_other_ways_once_compressed_is_calibrated_without_drift():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    model = Experts().eval()
+    specs = find_layers(model, lambda m: m(x)).layers
+    plan = Plan({spec.name: LayerPlan(bits=2, quantizer="uniform", rounding="hessian") for spec in specs})
+    codes = apply.compress(model, specs, plan, None, calibration=lambda: x).codes
+    with torch.no_grad():
+        moved = model.gate(x).argmax(1) != apply.call_with(
+            model.gate, {"weight": codes["gate.weight"].values(), "bias": model.gate.bias}, x
+        ).argmax(1)
+    assert moved.any()  # so the experts' inputs differ in number
+    assert set(codes) == {f"{spec.name}.weight" for spec in specs}
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_inputs_that_are_not_finite_name_the_layer(rate):
+    model = net()
+    specs = find_layers(model, lambda m: m(X[:1])).layers
+    plan = Plan({spec.name: LayerPlan(bits=3, rounding="hessian") for spec in specs}, Recipe(rate=rate))
+    with pytest.raises(TrialFailed, match=r"layer '0': its calibration inputs are not finite"):
+        apply.compress(model, specs, plan, None, calibration=lambda: X * math.inf)
+
+
+def test_an_outlying_bias_is_within_its_grid_at_first():
+    layer = nn.Linear(3, 4096)
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.bias[7] = 3.0
+    specs = find_layers(nn.Sequential(layer), lambda m: m(torch.zeros(1, 3))).layers
+    plan = Plan({"0": LayerPlan(bits=5)}, Recipe(rate=1.0))
+    code = apply.compress(nn.Sequential(layer), specs, plan, None).codes["0.bias"]
+    assert float(code.values().detach()[7]) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("mean", "dtype"), [(100.0, "float32"), (0.5, "bfloat16")])
+def test_a_running_mean_far_from_zero_keeps_its_bits(mean, dtype):
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    model[1].running_mean.fill_(mean)
+    specs = find_layers(model, lambda m: m(torch.zeros(2, 4))).layers
+    entries = apply.compress(model, specs, Plan({"0": LayerPlan(bits=4)}), None).encode()
+    assert entries["1.running_mean"].dtype == dtype
+    assert entries["1.running_var"].dtype == "bfloat16"

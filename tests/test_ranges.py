@@ -307,3 +307,14 @@ def test_exports_round_the_inputs_too(tmp_path, fmt):
     checks = export(tmp_path / "a.acz", made, fmt, tmp_path / "out", {})["verification"]
     assert checks["metric_exported"] == checks["metric_artifact"]
     assert checks["max_abs_difference"] < 0.1 * checks["max_abs_output"]
+
+
+def test_a_state_brings_a_range_back_with_its_zero_point():
+    learned = Range(Grid(4, 0.3, 6))
+    with torch.no_grad():
+        learned.log_scale += 0.2
+        learned.shift += 0.07
+    again = Range(Grid(4, 1.0, 3))
+    again.with_state(learned.state())
+    assert again.grid() == learned.grid()
+    assert learned.grid().zero_point == 7

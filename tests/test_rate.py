@@ -100,6 +100,13 @@ def test_the_model_is_near_the_coder_on_rows_and_columns_of_unequal_density():
     assert found == pytest.approx(expected, rel=0.06)
 
 
+def cleared(*codes, outputs=lambda: []):
+    """Clear what is silent, in the step for it."""
+    charge = rate.Charge(codes, 1.0, 0.0, 1000)
+    for step in (0, 199, 200):
+        charge.clear(step, outputs)
+
+
 def test_silent_rows_and_columns_are_cleared_and_nothing_else():
     code = RatedCode(torch.ones(3, 4), 4, 0.5, 1.0)
     code.log_step.grad = torch.zeros(())
@@ -107,19 +114,33 @@ def test_silent_rows_and_columns_are_cleared_and_nothing_else():
         code.weights.grad = torch.zeros(3, 4)
         code.weights.grad[row, :3] = 1e-30
         code.charge(1e-3)
-    code.clear_silent()
+    cleared(code)
     assert torch.equal(code.weights.detach(), torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]))
-    code.clear_silent()  # nothing was heard at all since: the tensor is not in use
+    cleared(code)  # nothing was heard at all since: the tensor is not in use
     assert code.weights.any()
     code.weights.grad = torch.zeros(3, 4)
     code.weights.grad[0, :3] = 1.0
     code.charge(1e-3)
-    code.clear_silent()  # what was heard before counts no longer
+    cleared(code)  # what was heard before counts no longer
     assert code.weights.any(1).tolist() == [True, False, False]
+
+
+def test_what_outputs_need_is_not_cleared_though_silent():
+    """A saturated unit gets no gradient, as a dead one does."""
+    saturated, dead = (RatedCode(torch.ones(3, 4), 4, 0.5, 1.0) for _ in range(2))
+    for code in (saturated, dead):
+        code.log_step.grad = torch.zeros(())
+        code.weights.grad = torch.zeros(3, 4)
+        code.weights.grad[:2] = 1.0
+        code.charge(1e-3)
+    cleared(saturated, dead, outputs=lambda: [saturated.values().sum(1), dead.values()[:2]])
+    assert saturated.weights.all()
+    assert dead.weights.any(1).tolist() == [True, True, False]
 
 
 def charged(charge, code, step, grad=0.0):
     """The gradients of the weights and of the step's logarithm after a step in which the loss gave `grad`."""
+    charge.clear(step, list)
     code.weights.grad = torch.zeros_like(code.weights) + grad
     code.log_step.grad = torch.zeros_like(code.log_step)
     charge(step)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autocompress.compress import calibrate, prune, rounding, solve
+from autocompress.compress import calibrate, prune, quantize, rounding, solve
 from autocompress.plan import LayerPlan
 
 
@@ -142,3 +142,24 @@ def test_parts_and_groups_lie_as_the_matrix_does():
     assert parted.shape == (6, 2, 4)
     assert torch.equal(parted[3], matrix[2:4, 4:])  # the second group's rows, its second part's columns
     assert torch.equal(layout.whole(parted), matrix)
+
+
+@pytest.mark.parametrize(("quantizer", "name"), [("uniform", "refit"), ("codebook", "_refit_table")])
+def test_refits_of_scales_and_tables_lower_the_error(quantizer, name, monkeypatch):
+    plan = LayerPlan(bits=2, quantizer=quantizer, rounding="hessian")
+
+    def wrong(seed):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(20, 16, generator=generator)
+        rows = torch.randn(300, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+        moments = calibrate.Moments()
+        moments.add(torch.nn.Linear(16, 20), rows)
+        found = solve.solve(weight, plan, 1.0, moments.statistics())
+        table = found.table if found.table is not None else found.step * torch.arange(-1, 2)
+        values = table[quantize.nearest(found.weight, table.contiguous())]
+        return rounding.error(weight[None], values[None], moments.statistics().gram)
+
+    with_refits = [wrong(seed) for seed in range(4)]
+    kept = (lambda problem, level, step: step) if name == "refit" else (lambda w, h, table, code, mask: (table, code))
+    monkeypatch.setattr(solve, name, kept)
+    assert sum(with_refits) < sum(wrong(seed) for seed in range(4))

@@ -419,7 +419,7 @@ MISTAKES = {
     "rank mixed": (RULES + "  - rank: [0.25, 1]\n", ["layers[0].rank is [0.25, 1]", "1.0"]),
     "rank reversed": (RULES + "  - rank: [full, 0.5]\n", ["layers[0].rank is ['full', 0.5]", "low end first"]),
     "rank above full": (RULES + "  - rank: [2, 50]\n", ["layers[0].rank is [2, 50]", "up to 10", "'fc3'", "full rank"]),
-    "threshold below 0": (RULES + "  - threshold: -0.5\n", ["layers[0].threshold is -0.5", "from 0 up"]),
+    "threshold below 0": (RULES + "  - threshold: -0.5\n", ["layers[0].threshold is -0.5", "from 0 to 10"]),
     "threshold nan": (RULES + "  - threshold: .nan\n", ["layers[0].threshold is nan"]),
     "threshold inf": (RULES + "  - threshold: [0, .inf]\n", ["layers[0].threshold[1] is inf"]),
     "threshold overflow": (RULES + "  - threshold: 1e999\n", ["layers[0].threshold is inf"]),

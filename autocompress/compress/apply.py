@@ -33,6 +33,8 @@ from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
+_FAR = 16.0
+"""Deviations from zero of a running mean beyond which bfloat16 moves it by more than a sixteenth of one."""
 GridSource = Callable[[LayerSpec, int], ranges.Grid]
 SvdSource = Callable[[LayerSpec, str], lowrank.Svd]
 
@@ -387,10 +389,14 @@ def _calibrated(
     codes: dict[str, Code | RatedCode] = {}
     rated = {key for key, layer in plan.layers.items() if is_rated(plan, layer)}
     elements = sum(module.get_parameter(key).numel() for key in {*rated, *others})
+    labels = {key: key.removesuffix(".weight") for key in plan.layers}
     bit = priced.EXCHANGE * plan.recipe.rate * len(rated) / max(1, elements)
 
     def solved(key: str, weight: Tensor, moments: calibrate.Moments, groups: int) -> solve.Prepared:
-        given = weight, plan.layers[key], unit_of(weight, learned[key], key), moments.statistics()
+        found = moments.statistics()
+        if not (found.gram.isfinite().all() and found.mean.isfinite().all()):
+            raise TrialFailed(f"layer {labels[key]!r}: its calibration inputs are not finite")
+        given = weight, plan.layers[key], unit_of(weight, learned[key], key), found
         if key in rated:
             return priced.solve(*given, bit=bit, drift=moments.drift, groups=groups)
         return solve.solve(*given, drift=moments.drift, groups=groups)
@@ -400,7 +406,6 @@ def _calibrated(
         return codes[key].values().detach()
 
     plain = {key: code.values().detach() for key, code in others.items()}
-    labels = {key: key.removesuffix(".weight") for key in plan.layers}
     prepare(module, plain, labels, solved, values, lambda model: call_with(model, {}, inputs))
     for key in plan.layers:
         if key not in codes:
@@ -444,7 +449,10 @@ def _rated(
 
 
 def _rated_bias(module: nn.Module, key: str, learned: Mapping[str, Tensor]) -> dict[str, RatedCode]:
-    """The code of the bias beside a weight, if one is trained: a quarter of the biases' deviation is the first step."""
+    """The code of the bias beside a weight, if one is trained.
+
+    The first step is a quarter of the biases' root mean square, or what it takes to reach the largest.
+    """
     name = f"{key.removesuffix('weight')}bias"
     bias = dict(module.named_parameters()).get(name)
     if bias is None or bias.dtype != torch.float32 or not bias.requires_grad:
@@ -452,7 +460,8 @@ def _rated_bias(module: nn.Module, key: str, learned: Mapping[str, Tensor]) -> d
     if not torch.isfinite(bias).all():
         raise TrialFailed(f"bias {name!r} holds values that are not finite")
     spread = float(bias.detach().double().square().mean().sqrt())
-    step = learned.get(f"{name}#step", max(spread, 1e-3) / 4)
+    reach = quantize.levels(BIAS_BITS)[1]
+    step = learned.get(f"{name}#step", max(max(spread, 1e-3) / 4, float(bias.detach().abs().max()) / reach))
     return {name: RatedCode(bias, BIAS_BITS, step, spread)}
 
 
@@ -473,10 +482,19 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
         for name in short
     }
     if len(short) == len(plan.layers):
-        owners |= {name: _NORM_STATE for name, part in module.named_modules() if isinstance(part, _NORMS)}
+        owners |= {name: _short_state(part) for name, part in module.named_modules() if isinstance(part, _NORMS)}
     wanted = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
     state = unique_state(module)
     return frozenset(key for key in wanted if key in state and state[key].dtype == torch.float32)
+
+
+def _short_state(norm: nn.Module) -> tuple[str, ...]:
+    """What of a normalisation bears bfloat16: not means that are far from zero beside their deviations."""
+    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or variance is None:
+        return _NORM_STATE
+    far = mean.abs() > _FAR * (variance + norm.eps).sqrt()
+    return tuple(name for name in _NORM_STATE if name != "running_mean" or not far.any())
 
 
 def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:

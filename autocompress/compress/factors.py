@@ -220,9 +220,13 @@ class Factoriser:
         return self.inputs[spec.name]
 
     def shifts(self, spec: LayerSpec) -> bool:
-        """Whether the mean of the layer's outputs can be mended, by a bias or a batch normalisation."""
-        has_bias = self._model.get_submodule(spec.name).bias is not None
-        return has_bias or self.activation(spec).norm is not None
+        """Whether the mean of the layer's outputs can be mended, by a bias or a batch normalisation of its own."""
+        bias: Tensor | None = self._model.get_submodule(spec.name).bias  # type: ignore[assignment]
+        if bias is not None:
+            parts = self._model.modules()
+            return sum(held is bias for part in parts for held in part._parameters.values()) == 1
+        norm = self.activation(spec).norm
+        return norm is not None and [follows.norm for follows in self.activations.values()].count(norm) == 1
 
     def _moments(self, spec: LayerSpec) -> Tensor:
         """Damped second moments of the layer's inputs (d, d), centred where their mean can be mended."""

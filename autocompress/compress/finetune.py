@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,10 +73,13 @@ def finetune(
         _train_mode(model.module)
         while step < until:
             optimiser.zero_grad(set_to_none=True)
+            batch = next(batches)
+            charge.clear(step, partial(_evaluated, model, batch[0]))
             values = model.substitutes()
             leaves = values if recipe.accumulation == 1 else _leaves(values)
-            for _ in range(recipe.accumulation):
-                value = _forward(model, leaves, tap, next(batches), recipe, loss=loss)
+            for again in range(recipe.accumulation):
+                batch = next(batches) if again else batch
+                value = _forward(model, leaves, tap, batch, recipe, loss=loss)
                 watch(value, step)
                 scaler.scale(value / recipe.accumulation).backward()  # type: ignore[no-untyped-call]
             if leaves is not values:
@@ -89,6 +93,18 @@ def finetune(
             step += 1
         watch.look()
         yield rung
+
+
+@torch.no_grad()
+def _evaluated(model: Compressed, inputs: Any) -> list[Tensor]:
+    """The model's float outputs for a batch, in evaluation mode."""
+    flags = [(module, module.training) for module in model.module.modules()]
+    model.module.eval()
+    try:
+        return [t.float() for t in float_tensors(call_with(model.module, model.substitutes(), inputs))]
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def _leaves(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

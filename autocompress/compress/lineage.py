@@ -54,5 +54,5 @@ def unpack(data: bytes, source: str = "state") -> State:
         length = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + length])["__metadata__"]
         return State(Plan.from_json(json.loads(metadata["plan"])), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{source} is damaged: {' '.join(str(error).split())}") from error

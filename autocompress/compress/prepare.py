@@ -70,7 +70,8 @@ def prepare(  # noqa: PLR0917
 
                 def look(key: str, layer: nn.Module, x: Tensor) -> None:
                     moments = Moments()
-                    should(key, lambda wanted: moments.add(layer, x, wanted))
+                    if not should(key, x.shape, lambda wanted: moments.add(layer, x, wanted)):
+                        moments.add(layer, x)
                     settle(key, layer, moments)
                     if all(k in result for k in single):
                         raise _Done
@@ -119,10 +120,12 @@ def _looked_over(
 @contextmanager
 def _inputs_of(
     model: nn.Module, places: Places, run: Callable[[nn.Module], Any]
-) -> Iterator[Callable[[str, Callable[[Tensor], None]], None]]:
+) -> Iterator[Callable[[str, torch.Size, Callable[[Tensor], None]], bool]]:
     """Runs a model in a thread of its own that waits at each layer until it is asked for.
 
-    It gives a function: (key, use) calls `use` with the layer's inputs, in the order in which layers are called.
+    It gives a function: (key, shape, use) calls `use` with the layer's inputs, in the order in which layers are called.
+    From the first on that the model calls elsewhere, or with another shape (a mixture of experts that sends examples
+    other ways), it calls `use` no more, and gives False.
     """
     waiting: Queue[tuple[str, Tensor] | BaseException | None] = Queue(1)
     used: Queue[bool] = Queue(1)
@@ -142,14 +145,19 @@ def _inputs_of(
         except BaseException as error:
             waiting.put(error)
 
-    def should(key: str, use: Callable[[Tensor], None]) -> None:
-        found = waiting.get()
-        if isinstance(found, BaseException):
-            raise found
-        if found is None or found[0] != key:
-            raise RuntimeError(f"layer {key!r} is not called where the uncompressed model calls it")
-        use(found[1])
-        used.put(True)
+    together = True
+
+    def should(key: str, shape: torch.Size, use: Callable[[Tensor], None]) -> bool:
+        nonlocal together
+        if together:
+            found = waiting.get()
+            if isinstance(found, BaseException):
+                raise found
+            together = found is not None and found[0] == key and found[1].shape == shape
+            if found is not None and together:
+                use(found[1])
+                used.put(True)
+        return together
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

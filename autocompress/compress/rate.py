@@ -18,7 +18,7 @@ arXiv 1906.06624, there in a learned latent space, here under the counts of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,18 +101,15 @@ class RatedCode:
         self.log_step.grad.sub_(on_step, alpha=price)
 
     @torch.no_grad()
-    def clear_silent(self) -> None:
-        """Zero the rows and columns that no gradient reached since the last call.
-
-        Nobody reads such a unit, or its activation is off for all inputs; such an input is always zero.
-        Without this a dead row stays full: the model finds its weights cheap.
-        """
+    def silent(self) -> Tensor | None:
+        """The weights of rows and columns that no gradient reached since the last call; None where all that is zero."""
         heard = self._heard != 0
         heard = heard.flatten(1) if heard.dim() > 1 else heard.unsqueeze(1)
         silent = ~(heard.any(1, keepdim=True) & heard.any(0, keepdim=True)).view_as(self.weights)
-        if heard.any():  # else the tensor is frozen, or unused
-            self.weights.data.masked_fill_(silent, 0.0)
         self._heard.zero_()
+        if not heard.any() or not (silent & (self.levels() != 0)).any():  # frozen, or unused; or nothing to clear
+            return None
+        return silent
 
     @torch.no_grad()
     def encode(self) -> Coded:
@@ -140,17 +137,47 @@ class Charge:
         self.silent = REFRESH * math.ceil(min(SILENT[1], max(SILENT[0], epoch)) / REFRESH)
         self.elements = sum(code.weights.numel() for code in codes)
 
-    def __call__(self, step: int, scale: float = 1.0) -> None:
-        """Add the term's gradients, times `scale`, in the step of that number."""
+    def clear(self, step: int, outputs: Callable[[], Sequence[Tensor]]) -> None:
+        """Zero what has been silent for an epoch, if the step of that number is the one to do so.
+
+        No gradient reaches a unit that nobody reads, whose activation is off for all inputs, or whose input is always
+        zero. Without this such a row stays full: the model finds its weights cheap. But none reaches a unit either
+        whose activation is saturated: so what changes `outputs()`, the model's on a batch, is put back.
+        """
+        if not step or step % self.silent:
+            return
+        found = {code: silent for code in self.codes if (silent := code.silent()) is not None}
+        if not found:
+            return
+        before = [tensor.clone() for tensor in outputs()]
+        held = {code: code.weights.detach().clone() for code in found}
+        for code, silent in found.items():
+            code.weights.data.masked_fill_(silent, 0.0)
+        if _same(before, outputs()):
+            return
+        for code, weights in held.items():
+            code.weights.data.copy_(weights)
+        for code, silent in found.items():
+            code.weights.data.masked_fill_(silent, 0.0)
+            if not _same(before, outputs()):
+                code.weights.data.copy_(held[code])
+
+    def __call__(self, step: int) -> None:
+        """Add the term's gradients in the step of that number."""
         if step % REFRESH == 0:
             for code in self.codes:
-                if step and step % self.silent == 0:
-                    code.clear_silent()
                 code.count()
         share = min(1.0, step / (RAMP * self.total))
         rate = self.before + share * (self.rate - self.before)
         for code in self.codes:
-            code.charge(scale * rate / self.elements, anew=step % HELD == 0)
+            code.charge(rate / self.elements, anew=step % HELD == 0)
+
+
+@torch.no_grad()
+def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether outputs differ by rounding alone."""
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.numel()]
+    return all(float((a - b).abs().max()) <= 1e-5 * float(a.abs().max()) + 1e-12 for a, b in pairs)
 
 
 def model_of(levels: Tensor, top: int) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -63,7 +63,8 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
     """What trial `number` is to be, with that many steps from the lowest price to the highest.
 
     New chains first, then the next price for the end of a chain that is on the front, else a branch: the
-    front's member from which the fewest trials went on, or of these the one in the widest gap.
+    front's member from which the fewest trials went on, or of these the one in the widest gap. Where there is none
+    to go on from yet, a beginning somewhere between the lowest and the highest price.
     """
     rate = _rate_of(space)
     random = Random(f"{seed} {number} continuation")
@@ -80,7 +81,8 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
         end = max(ends, key=lambda t: t.number)
         return Step({**end.params, RATE: rate.clip(end.params[RATE] * _ratio(rate, steps))}, end.number)
     if not members:
-        return Step(_beginning(space, rate, len(roots), random), None)
+        first = _beginning(space, rate, len(roots), random)
+        return Step({**first, RATE: rate.at(_spread(len(roots) - chains + 1))}, None)
     gaps = _gaps([t.position for t in members])
     best = min(range(len(members)), key=lambda i: (children[members[i].number], -gaps[i]))
     return Step(_varied(space, rate, members[best], random, steps), members[best].number)
@@ -89,6 +91,16 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
 def steps_within(trials: int, chains: int) -> int:
     """Steps of a chain, such that so many trials lead all chains to the highest price; `FEWEST` to `STEPS`."""
     return max(FEWEST, min(STEPS, trials // chains))
+
+
+def chains_within(trials: int, workers: int) -> int:
+    """Chains for so many trials: one a worker, but none of fewer than `FEWEST` trials."""
+    return max(1, min(workers, trials // FEWEST))
+
+
+def _spread(index: int) -> float:
+    """The van der Corput sequence in base 2, 1/2, 1/4, 3/4, 1/8 ... from index 1 on: evenly spread, however long."""
+    return float(sum((index >> bit & 1) / 2.0 ** (bit + 1) for bit in range(index.bit_length())))
 
 
 def _beginning(space: Space, rate: Knob, chain: int, random: Random) -> dict[str, float]:

@@ -20,6 +20,7 @@ from autocompress.plan import (
     BIT_WIDTHS,
     FLOAT_BITS,
     GRANULARITIES,
+    MOST_THRESHOLD,
     PRECISIONS,
     QUANTIZERS,
     ROUNDINGS,
@@ -207,7 +208,7 @@ def _granularity(at: At, value: Any) -> str | int:
 _OPTIONS: dict[str, Callable[[At, Any], Any]] = {
     "rank": _ranks,
     "bits": _bits,
-    "threshold": partial(_range, end=_number),
+    "threshold": partial(_range, end=partial(_number, high=MOST_THRESHOLD)),
     "group": _group,
     "quantizer": partial(_choice, allowed=QUANTIZERS),
     "scheme": partial(_choice, allowed=SCHEMES),

@@ -45,7 +45,7 @@ class Settings:
     `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
     `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`. `inherit`: whether trials go on
     from the states of finished ones. `sweep`: trials by continuation after trial 0, before the sampler's.
-    `chain`: steps of a continuation from the lowest price to the highest.
+    `chains` of a continuation (0: one a worker), and by `chain` the steps of each from the lowest price to the highest.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
     """
 
@@ -70,6 +70,7 @@ class Settings:
     inherit: bool = False
     sweep: int = 0
     chain: int = STEPS
+    chains: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -305,9 +306,8 @@ class StudyStore:
             for t in record.trials
             if t.number
         ]
-        step = following(
-            seen, self._space, self.workers, self.settings.seed, len(record.trials), steps=self.settings.chain
-        )
+        chains = self.settings.chains or self.workers
+        step = following(seen, self._space, chains, self.settings.seed, len(record.trials), steps=self.settings.chain)
         return _Found(self._space.plan(step.params, self.settings.epochs), step.params, CONTINUATION, None, step.parent)
 
     def _sampled(self, states: Collection[int]) -> _Found | None:

@@ -33,9 +33,10 @@ class Task:
     `finetune(model, feed, loss, recipe, rungs)` gives an iterator that trains up to each of `rungs`, epochs,
     rising, and yields there. `model.substitutes()` are the weights that the file will hold, differentiable, by state
     key, for `compress.apply.call_with(model.module, substitutes, inputs)`; what to train is `code.trained()` of
-    each of `model.codes.values()`, and `model.others()`. `feed.epoch(i)` gives the batches of epoch i: inputs, targets,
-    the uncompressed model's outputs or None, with InfoMax its features. Under a rate it has to call a
-    `compress.rate.Charge` in each step itself: else no price is paid. It must be picklable too.
+    each of `model.codes.values()`, `found.trained` of each of `model.ranges.values()`, and `model.others()`.
+    `feed.epoch(i)` gives the batches of epoch i: inputs, targets, the uncompressed model's outputs or None, with
+    InfoMax its features. Under a rate it has to call a `compress.rate.Charge` in each step itself: else no price is
+    paid. It must be picklable too.
     """
 
     model: nn.Module
