@@ -193,7 +193,7 @@ def test_tasks_that_do_not_keep_the_contract(fail, work, change, words):
         ("version: 1\nlayers:\n  - bitz: 4\n", ["layers[0]: unknown key 'bitz', allowed", "did you mean 'bits'"]),
         ("version: 1\nlayers:\n  - bits: [4, 12]\n", ["layers[0].bits", "12", "allowed: 1 to 8"]),
         ("version: 1\nlayers:\n  - bits: [6, 2]\n", ["layers[0].bits is [6, 2], allowed: the low end first"]),
-        ("version: 1\nlayers:\n  - threshold: -1\n", ["layers[0].threshold is -1, allowed: a number from 0 up"]),
+        ("version: 1\nlayers:\n  - threshold: -1\n", ["layers[0].threshold is -1, allowed: a number from 0 to 10"]),
         ("version: 1\nlayers:\n  - threshold: high\n", ["layers[0].threshold is 'high', allowed"]),
         ("version: 1\nlayers:\n  - match: conv*\n    bits: 4\n", ["layers[0].match is 'conv*', allowed", "'first'"]),
         ("version: 1\nlayers:\n  - match: first\n    rank: 9\n", ["layers[0].rank is 9, allowed: up to 8"]),

@@ -81,7 +81,7 @@ PLANS = {
     "floats hardly pruned": (CONV, {}, LayerPlan(bits=32, threshold=0.2)),
     "just below half": (CONV, {}, LayerPlan(bits=2, threshold=0.35)),
     "above half": (CONV, {}, LayerPlan(bits=2, threshold=0.55)),
-    "everything": (CONV, {}, LayerPlan(bits=4, threshold=50.0)),
+    "everything": (CONV, {}, LayerPlan(bits=4, threshold=10.0)),
     "rank": (CONV, {"6": LayerPlan(9, 4, 0.3), "3": LayerPlan(11, 3, 0.6)}, LayerPlan(bits=6)),
     "spatial": (CONV, {"3": LayerPlan(13, 4, 0.5, "spatial"), "6": LayerPlan(1, 2, 1.0)}, LayerPlan(bits=16)),
     "rank and floats": (CONV, {"6": LayerPlan(20, 16, 0.9), "3": LayerPlan(5)}, LayerPlan(bits=2)),
