@@ -26,7 +26,7 @@ from torch import Tensor
 from autocompress.codec import container, leb128
 from autocompress.codec.tensors import Coded, Raw
 from autocompress.compress import artifact
-from autocompress.compress.apply import State
+from autocompress.compress.lineage import State
 from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.tasks.batches import evaluate
 from autocompress.tasks.loading import load_task

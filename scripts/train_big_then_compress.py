@@ -24,7 +24,7 @@ from torch import nn
 
 from autocompress.codec import container
 from autocompress.compress import artifact
-from autocompress.compress.apply import State
+from autocompress.compress.lineage import State
 from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.tasks.batches import evaluate
 from autocompress.tasks.loading import load_task

@@ -7,6 +7,7 @@ from torch import nn
 
 from autocompress.codec import container, header, mixed_stream, rans
 from autocompress.compress import apply, artifact, clustering, estimate, lowrank, quantize
+from autocompress.compress.codes import Code
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.layers import find_layers
 from autocompress.errors import PlanError, TrialFailed
@@ -195,7 +196,7 @@ def test_histograms_are_those_of_the_codes(bits, threshold, rank):
     )
     for quantizer in ("codebook", "uniform"):
         layer = LayerPlan(rank, bits, threshold, quantizer=quantizer)
-        coded = apply.Code(piece.weight(rank), layer, {}, "").encode()
+        coded = Code(piece.weight(rank), layer, {}, "").encode()
         assert piece.shape(rank) == coded.shape
         counts = np.bincount(coded.symbols.ravel())
         base, table, most = estimate._base(piece.ordered(rank), layer)
@@ -209,7 +210,7 @@ def test_histograms_are_those_of_the_codes(bits, threshold, rank):
 def test_weights_of_few_values_are_their_own_codebook():
     weight = torch.tensor([0.5, -0.25, 0.5, 0.0, 0.75, -0.25] * 20).view(10, 12)
     for layer in (LayerPlan(bits=3), LayerPlan(bits=3, threshold=0.3), LayerPlan(bits=1), LayerPlan(bits=8)):
-        coded = apply.Code(weight, layer, {}, "").encode()
+        coded = Code(weight, layer, {}, "").encode()
         base, table, _ = estimate._base(estimate._Whole(("", "", -1), weight).ordered(None), layer)
         assert np.array_equal(table, coded.table)
         counts = np.bincount(coded.symbols.ravel())

@@ -15,6 +15,7 @@ from torch import nn
 import autocompress
 from autocompress import Task
 from autocompress.compress import apply, artifact, lineage, prepare
+from autocompress.compress.codes import Code
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.layers import find_layers
 from autocompress.errors import ArtifactError, PlanError, SpaceError, TrialFailed
@@ -178,7 +179,7 @@ def test_a_layer_that_cannot_be_seen_is_named_and_rounded_to_nearest():
     plan = Plan({spec.name: layer for spec in specs})
     with pytest.warns(UserWarning, match=r"'self_attn\.out_proj'"):
         found = apply.compress(model, specs, plan, None, calibration=lambda: x)
-    nearest = apply.Code(model.self_attn.out_proj.weight, LayerPlan(bits=3, quantizer="uniform"), {}, "k")
+    nearest = Code(model.self_attn.out_proj.weight, LayerPlan(bits=3, quantizer="uniform"), {}, "k")
     assert torch.equal(found.codes["self_attn.out_proj.weight"].values(), nearest.values())
 
 

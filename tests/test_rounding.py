@@ -87,7 +87,7 @@ def test_one_weight_goes_as_the_optimal_brain_surgeon_says():
 def test_every_saliency_prunes_as_many(saliency, threshold):
     weight, hessian = problem(rows=30, columns=20)
     w = weight[0].float()
-    statistics = calibrate.Statistics(hessian.float(), torch.zeros(1, 20), 0, 0, 200)
+    statistics = calibrate.Statistics(hessian.float(), torch.zeros(1, 20), 200)
     plan = LayerPlan(threshold=threshold, saliency=saliency)
     found = solve.solve(w, plan, float(w.std()), statistics)
     assert (~found.mask).sum() == (w.abs() < threshold * w.std()).sum() > 50
@@ -96,7 +96,7 @@ def test_every_saliency_prunes_as_many(saliency, threshold):
 def test_the_error_of_the_outputs_falls_from_saliency_to_saliency():
     weight, hessian = problem(rows=40, columns=32, seed=3)
     hessian = rounding.damped(hessian * torch.logspace(-1, 1, 32).sqrt().outer(torch.logspace(-1, 1, 32).sqrt()))
-    statistics = calibrate.Statistics(hessian.float(), torch.zeros(1, 32), 0, 0, 200)
+    statistics = calibrate.Statistics(hessian.float(), torch.zeros(1, 32), 200)
     w, errors = weight[0].float(), []
     for saliency in ("magnitude", "activation", "hessian"):
         found = solve.solve(w, LayerPlan(threshold=0.8, saliency=saliency), 1.0, statistics)
@@ -108,11 +108,11 @@ def test_the_error_of_the_outputs_falls_from_saliency_to_saliency():
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
 def test_rounding_leaves_less_error_than_the_nearest_values(quantizer, bits, threshold):
-    from autocompress.compress.apply import Code
+    from autocompress.compress.codes import Code
 
     weight, hessian = problem(rows=24, columns=40, seed=bits)
     w = weight[0].float()
-    statistics = calibrate.Statistics(hessian.float(), torch.zeros(1, 40), 0, 0, 200)
+    statistics = calibrate.Statistics(hessian.float(), torch.zeros(1, 40), 200)
     granularity = "tensor" if quantizer == "codebook" else 10
     nearest = LayerPlan(bits=bits, threshold=threshold, quantizer=quantizer, granularity=granularity)
     plan = LayerPlan(**nearest.to_json() | {"rounding": "hessian"})

@@ -33,25 +33,17 @@ class Statistics:
     """Moments over `count` inputs of a layer, in float32: `gram` E[x x^T] (groups, d, d), `mean` E[x] (groups, d).
 
     A wide layer's inputs are in `parts` of d / parts that lie together, moments between which are not known: `gram` is
-    then (groups * parts, d / parts, d / parts). `low` and `high` are the least and the greatest input, padding left
-    out.
+    then (groups * parts, d / parts, d / parts).
     """
 
     gram: Tensor
     mean: Tensor
-    low: float
-    high: float
     count: int
 
     @property
     def parts(self) -> int:
         """How many parts there are of each group."""
         return len(self.gram) // len(self.mean)
-
-    @property
-    def squares(self) -> Tensor:
-        """E[x^2], (groups, d)."""
-        return self.gram.diagonal(dim1=1, dim2=2).reshape(self.mean.shape)
 
 
 def parts_of(d: int) -> int:
@@ -158,11 +150,10 @@ class Moments:
         self.gram: Tensor | None = None
         self.drift: Tensor | None = None
         self.mean: Tensor | None = None
-        self.low, self.high, self.count = math.inf, -math.inf, 0
+        self.count = 0
 
     def add(self, module: nn.Module, x: Tensor, wanted: Tensor | None = None) -> None:
         """Count the inputs of one call, and beside them those that it should have had."""
-        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         rows = patches(module, x)
         mean = rows.sum(1)
         parted = in_parts(rows, parts_of(rows.shape[2]))
@@ -179,7 +170,7 @@ class Moments:
         """The means over what was added."""
         assert self.gram is not None
         assert self.mean is not None
-        return Statistics(self.gram / self.count, self.mean / self.count, self.low, self.high, self.count)
+        return Statistics(self.gram / self.count, self.mean / self.count, self.count)
 
 
 def patches(module: nn.Module, x: Tensor, most: int | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from autocompress.codec.jit import Int, Int64s, Words, kernel
 from autocompress.codec.tensors import Coded
 from autocompress.compress import apply, artifact, clustering, lowrank, quantize, ranges
 from autocompress.compress.clustering import scaled
+from autocompress.compress.codes import Code
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.scales import count_groups
 from autocompress.errors import TrialFailed
@@ -149,7 +150,7 @@ class Estimator:
         at = f"{piece.at}{layer.quantizer}{layer.granularity}", False, effort
         if at not in self._plain:
             here = replace(layer, bits=_MIDDLE, threshold=0.0, rank=piece.reference)
-            scale = apply.Code(piece.weight(here.rank), here, {}, "").scale()
+            scale = Code(piece.weight(here.rank), here, {}, "").scale()
             self._plain[at] = 0 if scale is None else container.stream_bytes(scale, effort) * 1000 // scale.array.size
         return self._plain[at] * count // 1000
 
@@ -226,7 +227,7 @@ class Estimator:
             weight = piece.weight(layer.rank)
             part = weight[:: max(1, -(-weight.numel() // _MOST))]
             ordered = piece.ordered(layer.rank) if len(part) == len(weight) else _Whole(piece.at, part).ordered(None)
-            coded, (base, *_) = apply.Code(part, layer, {}, "").encode(), _base(ordered, layer)
+            coded, (base, *_) = Code(part, layer, {}, "").encode(), _base(ordered, layer)
             if isinstance(coded, Coded):
                 fast = effort == header.FAST
                 real = len(rans.encode(coded.symbols) if fast else mixed_stream.encode(coded.symbols, way))
