@@ -192,7 +192,7 @@ def write(
     model, forms = _exported(module, inputs, keywords, outputs)
     _strip(model)
     plain_bytes = model.ByteSize()
-    weights = {tensor.name for tensor in model.graph.initializer}
+    weights = {*dict(module.named_parameters()), *dict(module.named_buffers())}
     used = _insert(model.graph, forms)
     _shorten(model.graph, keep=weights)
     try:
