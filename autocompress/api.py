@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -372,6 +372,37 @@ def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbenc
         return evaluate(task, model.to(bench.device), "test")
 
     store.note_tests(measure_tests(records_of(records, store), measure))
+
+
+def bench(
+    study: str | None = None,
+    *,
+    task: Task | None = None,
+    dir: str | Path | None = None,
+    batches: Sequence[int] = (1, 32),
+    threads: int = 1,
+) -> Study:
+    """The study with the latencies of its front's members, measured now in onnxruntime and kept in the record.
+
+    Each member and the float32 model are exported to ONNX and called in turns (`deploy.latency`). `task` as in
+    `open_study`. Raises StudyError, ExportError, and UsageError for batch sizes or threads below 1.
+    """
+    from autocompress.deploy import latency
+
+    records = Records.find(dir)
+    name = records.existing(study)
+    opened = open_study(name, task=task, dir=dir)
+    points = {point.trial: point for point in opened.front}
+    if not points:
+        raise StudyError(f"study {name!r} has no finished trial yet")
+    for point in points.values():
+        point.check_file()
+    artifacts = {number: point.artifact for number, point in points.items()}
+    found = latency.measure(opened.required_task(), artifacts, batches=batches, threads=threads)
+    with records.lock(name):
+        store = StudyStore.open(records.file(name))
+        store.note_latencies(found)
+        return Study(records_of(records, store), records, opened.task, store.settings.origin)
 
 
 def sync(study: str | None = None, *, dir: str | Path | None = None, tracking_uri: str | None = None) -> Any:

@@ -129,7 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx or torch (onnx)")
     _effort_option(export, None, "code an archive anew")
     export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
+    add("bench", _bench, "Measure the front's latency in onnxruntime.", _study_argument, _bench_options)
     return parser
+
+
+def _bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch", type=_whole, nargs="+", default=[1, 32], metavar="B", help="batch sizes (1 32)")
+    command.add_argument("--threads", type=_whole, default=1, metavar="T", help="threads of the runtime (1)")
+    command.add_argument("--json", action="store_true", help="print the front with latencies as JSON")
 
 
 def _prune_rank_options(command: argparse.ArgumentParser) -> None:
@@ -503,6 +510,24 @@ def _export(options: argparse.Namespace) -> int:
         f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
         f"artifact on the test set; {out / 'manifest.json'} says how"
     )
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from autocompress import api, report
+
+    if len(set(options.batch)) < len(options.batch):
+        return _fail(f"--batch is {' '.join(map(str, options.batch))}, allowed: each size once", 2)
+    study = api.bench(options.study, dir=options.dir, batches=options.batch, threads=options.threads)
+    if options.json:
+        print(json.dumps(study.record.to_front_json(), indent=1))
+        return 0
+    console = _console()
+    console.print(report.latency_table(study.record))
+    print(
+        "ms of a call, warm, half the distance of its quartiles, and how many times the float32 model's export takes;"
+    )
+    print(f"in the study's record; in MLflow with: autocompress sync {study.name}")
     return 0
 
 

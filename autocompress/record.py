@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -20,12 +20,40 @@ STATES = ("running", "complete", "stopped", "failed")
 
 
 @dataclass(frozen=True)
+class Latency:
+    """The time of a call in a target's runtime: seconds, the median and the quartiles on either side.
+
+    `baseline` is the median of the float32 model's export in the same run, `ratio` the median of the ratios to it of
+    turns that followed each other, `size_bytes` the file's length.
+    """
+
+    target: str
+    batch: int
+    threads: int
+    median: float
+    low: float
+    high: float
+    baseline: float
+    ratio: float
+    size_bytes: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What one measurement replaces another for."""
+        return self.target, self.batch, self.threads
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class TrialRecord:
     """One trial. `measurements` are in rung order; the best of them by validation counts.
 
     `complete` trials went through their last rung, `stopped` ones were ended at an earlier rung
     and hold what they reached, `failed` ones say why in `error`. `artifact` is a path relative
-    to the records folder, None unless the trial is on the front or the baseline.
+    to the records folder, None unless the trial is on the front or the baseline. `latencies` are those that
+    `bench` measured.
     """
 
     number: int
@@ -35,6 +63,7 @@ class TrialRecord:
     measurements: tuple[Measurement, ...] = ()
     best: Measurement | None = None
     metric_test: float | None = None
+    latencies: tuple[Latency, ...] = ()
     artifact: str | None = None
     sha256: str | None = None
     parent: int | None = None
@@ -211,6 +240,7 @@ class StudyRecord:
             "artifact": trial.artifact,
             "plan": {name or "model": layer.to_json() for name, layer in trial.plan.layers.items()},
             "recipe": trial.plan.recipe.to_json(),
+            **({"latencies": [latency.to_json() for latency in trial.latencies]} if trial.latencies else {}),
         }
 
     def _objectives(self, trial: TrialRecord) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocompress.plan import LayerPlan, Plan
-from autocompress.record import StudyRecord, TrialRecord, name_points
+from autocompress.record import Latency, StudyRecord, TrialRecord, name_points
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -201,6 +201,34 @@ def _rows(record: StudyRecord, trials: Sequence[TrialRecord]) -> list[list[str]]
             ]
         )
     return rows
+
+
+def latency_table(record: StudyRecord) -> Table:
+    """The front's members with latencies, smallest first: bytes and milliseconds of their files, and over float32's."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    trials = [trial for trial in record.front if trial.latencies]
+    keys = sorted({latency.key for trial in trials for latency in trial.latencies})
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for header in ("trial", "archive", f"{record.metric} val", "MACs"):
+        table.add_column(header, justify="right")
+    for target, batch, threads in keys:
+        told = f", {threads} threads" if threads > 1 else ""
+        table.add_column(f"{target}, batch {batch}{told}", justify="right")
+    for trial in trials:
+        assert trial.best is not None
+        by_key = {latency.key: latency for latency in trial.latencies}
+        cells = [_latency_text(by_key[key]) if key in by_key else "-" for key in keys]
+        start = str(trial.number), human_bytes(trial.best.size_bytes), metric_text(trial.best.metric_val)
+        table.add_row(*start, human_count(trial.best.macs), *cells)
+    return table
+
+
+def _latency_text(latency: Latency) -> str:
+    spread = 100 * (latency.high - latency.low) / 2 / latency.median
+    size = human_bytes(latency.size_bytes)
+    return f"{size}  {1e3 * latency.median:.3g} ms +- {spread:.0f} %  {latency.ratio:.2f}x"
 
 
 def _counts(record: StudyRecord) -> str:

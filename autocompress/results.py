@@ -41,7 +41,7 @@ class Point:
         """The compressed model, in eval mode, as `autocompress.load` gives it."""
         from autocompress.compress.artifact import load
 
-        self._check_file()
+        self.check_file()
         task = self._study.task
         return load(self.artifact, model=None if task is None else task.model)
 
@@ -53,7 +53,7 @@ class Point:
         """
         from autocompress.deploy.export import export
 
-        self._check_file()
+        self.check_file()
         return export(self.artifact, self._study.required_task(), format, Path(out), self._facts(), effort=effort)
 
     def _facts(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Point:
             "versions": dict(record.versions),
         }
 
-    def _check_file(self) -> None:
+    def check_file(self) -> None:
         """Raise ArtifactError unless the file is there and is the one that was measured."""
         try:
             digest = hashlib.sha256(self.artifact.read_bytes()).hexdigest()

@@ -57,12 +57,12 @@ def export(
         raise UsageError(f"effort is {effort!r} and the format {fmt!r}: only the format archive can be coded anew")
     module = load(artifact, model=task.model)
     with _staging(Path(out)) as folder, tempfile.TemporaryDirectory(prefix="autocompress-") as calls:
-        recorder = _Recorder(module, Path(calls))
+        recorder = Recorder(module, Path(calls))
         outputs, targets = predict(recorder, task.test, batch_size=_BATCH)
         for size in _SMALL_BATCHES:
             recorder.run(f"batch-{size:06d}", recorder.first(size))
         file = folder / FILES[fmt]
-        details = _write(fmt, artifact, recorder, file, effort)
+        details = write_file(fmt, artifact, recorder, file, effort)
         runtime = _run(fmt, task, recorder, file)
         expected = finite_metric(task, outputs, targets, "test")
         checks = _compared(task, recorder, expected, targets, file)
@@ -88,15 +88,18 @@ def export(
     return manifest
 
 
-class _Recorder(nn.Module):
-    """Passes calls on to `module`; keeps their inputs in `folder` and their outputs in memory, by call."""
+class Recorder(nn.Module):
+    """Passes calls on to `module`, with arguments by name if `keywords`.
 
-    def __init__(self, module: nn.Module, folder: Path) -> None:
+    Keeps by call their inputs in `folder` and their outputs in memory.
+    """
+
+    def __init__(self, module: nn.Module, folder: Path, *, keywords: bool = False) -> None:
         super().__init__()
         self.module, self.folder, self.model = module, folder, type(module).__name__
         self.outputs: dict[str, Named] = {}
         self.examples = 0
-        self.keywords = False
+        self.keywords = keywords
         self.structure: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,12 +113,13 @@ class _Recorder(nn.Module):
 
     def run(self, call: str, inputs: Named) -> None:
         """Records one more call."""
-        self._keep(call, inputs, call_module(self.module, inputs, self.keywords))
+        self.structure = call_module(self.module, inputs, self.keywords)
+        self._keep(call, inputs, self.structure)
 
     def first(self, count: int) -> Named:
-        """The inputs of the first `count` test examples, or of all if there are fewer."""
+        """The inputs of the first `count` test examples (or examples of any calls), or of all if there are fewer."""
         parts: list[Named] = []
-        for call in self.tests:
+        for call in self.tests or self.outputs:
             parts.append(verify.load_inputs(self.folder, call))
             if sum(_examples(self.model, part) for part in parts) >= count:
                 break
@@ -179,13 +183,19 @@ def _examples(model: str, inputs: Named) -> int:
     return next(iter(sizes.values()))
 
 
-def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path, effort: str | None) -> dict[str, Any]:
-    """Writes the file; what the manifest says of it."""
+def write_file(
+    fmt: str, artifact: Path, recorder: Recorder, file: Path, effort: str | None = None, *, slim: bool = True
+) -> dict[str, Any]:
+    """Write the file, from the recorder's module or as the artifact says; what a manifest says of it.
+
+    Without dead units unless `slim` is false. Raises ExportError.
+    """
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
     names = list(output_tensors(recorder.model, recorder.structure))
     cut: dict[str, Any] = {}
-    if fmt != "archive":
+    module: nn.Module = recorder.module
+    if fmt != "archive" and slim:
         module, cut = _slim(recorder, inputs)
     if fmt == "onnx":
         from autocompress.deploy import onnx
@@ -199,11 +209,11 @@ def _write(fmt: str, artifact: Path, recorder: _Recorder, file: Path, effort: st
         shutil.copyfile(artifact, file)
     else:
         file.write_bytes(container.pack(read(artifact), effort))
-    found = recorder.outputs[recorder.tests[0]]
+    found = next(iter(recorder.outputs.values()))
     return {"inputs": _described(example), "outputs": _described(found)} | cut
 
 
-def _slim(recorder: _Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
+def _slim(recorder: Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
     """The module without dead units and what the manifest says of it; as it is where torch.export refuses it."""
     from autocompress.deploy.slim import slimmed
 
@@ -221,7 +231,7 @@ def _described(arrays: Named) -> list[dict[str, Any]]:
     ]
 
 
-def _run(fmt: str, task: Task, recorder: _Recorder, file: Path) -> str:
+def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
     """Runs the recorded calls through the written file; the runtime and its version."""
     if fmt != "archive":
         return verify.run_apart(fmt, file, recorder.folder, keywords=recorder.keywords)
@@ -237,7 +247,7 @@ def _run(fmt: str, task: Task, recorder: _Recorder, file: Path) -> str:
     return f"autocompress {__version__}, torch {torch.__version__}"
 
 
-def _compared(task: Task, recorder: _Recorder, expected: float, targets: Any, file: Path) -> dict[str, Any]:
+def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, file: Path) -> dict[str, Any]:
     """The figures of the comparison. Raises ExportError where the file does not do what the artifact does."""
     exact = file.name == FILES["archive"]
     stepped = bool(attached(recorder.module))  # a last bit may tip an input over to the next level: few do

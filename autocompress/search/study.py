@@ -20,7 +20,7 @@ import numpy as np
 
 from autocompress.errors import StudyError
 from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
-from autocompress.record import StudyRecord, TrialRecord
+from autocompress.record import Latency, StudyRecord, TrialRecord
 from autocompress.search.continuation import CONTINUATION, STEPS, USEFUL, Seen, following
 from autocompress.search.disk import connect, directions, disk_errors, holds_study, insert_running, write_end
 from autocompress.search.lineage import ancestor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 _SETTINGS, _TESTS, _TRACKING = "autocompress", "autocompress.tests", "autocompress.tracking"
+_LATENCIES = "autocompress.latencies"
 _ASKED, _DRAWN = 5, 300
 """How often the sampler is asked for a plan that is new, and how many are drawn at random then."""
 _SMALL = 20_000
@@ -112,6 +113,7 @@ class StudyStore:
         self.asked = int(attributes.get("asked", 0))
         self.workers = int(attributes.get("workers", 1))
         self._tests: dict[str, float] = dict(attributes.get(_TESTS, {}))
+        self._latencies: dict[str, list[dict[str, Any]]] = dict(attributes.get(_LATENCIES, {}))
         self._tracking: dict[str, Any] = dict(attributes.get(_TRACKING, {}))
         self._trials: dict[int, TrialRecord] = {}
         self._ids: dict[int, int] = {}
@@ -231,6 +233,15 @@ class StudyStore:
         with disk_errors(self.file):
             self._disk.set_user_attr(_TESTS, self._tests)
 
+    def note_latencies(self, found: Mapping[int, Sequence[Latency]]) -> None:
+        """Add latencies of trials, by number; those of the same key replace earlier ones."""
+        for number, latencies in found.items():
+            before = (Latency(**value) for value in self._latencies.get(str(number), []))
+            merged = {latency.key: latency for latency in (*before, *latencies)}
+            self._latencies[str(number)] = [merged[key].to_json() for key in sorted(merged)]
+        with disk_errors(self.file):
+            self._disk.set_user_attr(_LATENCIES, self._latencies)
+
     def note_tracking(self, uri: str | None, experiment_id: str | None = None, run_id: str | None = None) -> None:
         """Note where the study is shown in MLflow."""
         self._tracking = {"uri": uri, "experiment_id": experiment_id, "run_id": run_id}
@@ -243,6 +254,9 @@ class StudyStore:
         trials = dict(sorted(self._trials.items()))
         for tested, metric in self._tests.items():
             trials[int(tested)] = replace(trials[int(tested)], metric_test=metric)
+        for timed, found in self._latencies.items():
+            latencies = tuple(Latency(**value) for value in found)
+            trials[int(timed)] = replace(trials[int(timed)], latencies=latencies)
         record = StudyRecord(
             study=s.study,
             task=s.task,

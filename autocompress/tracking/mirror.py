@@ -76,7 +76,7 @@ class Mirror:
         with tempfile.TemporaryDirectory() as scratch:
             for trial in record.trials:
                 on_front = trial.number in front
-                signature = (trial.state, trial.best, trial.metric_test, on_front)
+                signature = (trial.state, trial.best, trial.metric_test, trial.latencies, on_front)
                 if trial.state in runs.SETTLED and self._settled.get(trial.number) != signature:
                     self._write_trial(record, trial, on_front, ended.get(trial.number), Path(scratch))
                     self._settled[trial.number] = signature
@@ -270,12 +270,12 @@ def _stored(run: Any) -> _Stored:
 
 def _grows_into(stored: _Stored, wanted: runs.Run) -> bool:
     """Whether the run can become the wanted one by adding to it: what MLflow holds of parameters
-    and metrics cannot be changed, and all but the test metric is written at once."""
+    and metrics cannot be changed, and all but the test metric and latencies is written at once."""
     latest = wanted.latest
     missing, extra = latest.keys() - stored.latest.keys(), stored.latest.keys() - latest.keys()
     return (
         stored.params == wanted.params
-        and missing <= {"metric_test"}
+        and all(key == "metric_test" or key.startswith("latency_") for key in missing)
         and not extra
         and all(math.isclose(latest[key], value) for key, value in stored.latest.items())
     )

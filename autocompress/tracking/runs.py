@@ -120,6 +120,11 @@ def trial_points(record: StudyRecord, trial: TrialRecord) -> tuple[Point, ...]:
     points.append(Point("seconds", trial.seconds, last, trial.seconds))
     if trial.metric_test is not None:
         points.append(Point("metric_test", trial.metric_test, last, trial.seconds))
+    for latency in trial.latencies:
+        name = f"{latency.target.replace('-', '_')}_batch_{latency.batch}"
+        name += f"_threads_{latency.threads}" if latency.threads > 1 else ""
+        values = {"ms": 1e3 * latency.median, "over_float32": latency.ratio}
+        points += [Point(f"latency_{name}_{key}", value, last, trial.seconds) for key, value in values.items()]
     return tuple(point for point in points if math.isfinite(point.value))
 
 

@@ -1,0 +1,131 @@
+"""Latencies: calls take turns, ratios are of neighbouring turns, and the record, MLflow and the terminal tell them."""
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from local_search import local, one_thread, write_task  # noqa: F401
+from torch import nn
+from torch.nn import functional as F
+
+from autocompress import Task, api, cli, report
+from autocompress.deploy import latency
+from autocompress.deploy.latency import Turns, in_turns
+from autocompress.errors import StudyError, UsageError
+from autocompress.folders import Records
+from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.record import Latency
+from autocompress.search.study import StudyStore
+from autocompress.tracking import runs
+from autocompress.trial import Budget, Workbench, run_trial
+
+ONE = Latency("onnx", 1, 1, 2e-3, 1.9e-3, 2.2e-3, 4e-3, 0.5, 1234)
+
+
+def test_calls_take_turns_and_none_is_always_first():
+    seen = []
+    in_turns({name: lambda name=name: seen.append(name) for name in "abc"}, turns=4, seconds=0.0)
+    firsts = [b for a, b in pairwise([None, *seen]) if a != b]  # each turn's calls, warm ones too, are in a row
+    assert "".join(firsts) == "abc" + "bca" + "cab" + "abc"
+    assert len(seen) == 4 * 3 * 2 * 3
+
+
+def test_ratios_and_quartiles():
+    slow, fast = Turns((2.0, 6.0, 10.0, 6.0, 8.0)), Turns((1.0, 2.0, 5.0, 2.0, 2.0))
+    assert slow.over(fast) == 3.0  # of 2, 3, 2, 3, 4; the ratio of medians is 3 too, of means 2.7
+    assert slow.quartiles == (6.0, 6.0, 8.0)
+
+
+def test_times_are_those_of_the_calls():
+    found = in_turns({"a": lambda: time.sleep(0.004), "b": lambda: time.sleep(0.008)}, turns=5, seconds=0.01)
+    assert 0.0039 < found["a"].quartiles[1] < 0.0075
+    assert 0.3 < found["a"].over(found["b"]) < 0.75
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A task whose layer of dead units is most of its work, and its artifact."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
+    with torch.no_grad():
+        net[2].weight[:, 40:] = 0.0
+    x, y = torch.randn(20, 256), torch.randint(0, 4, (20,))
+    metric = lambda outputs, targets: float((outputs.argmax(1) == targets).float().mean())  # noqa: E731
+    return Task(net, (x, y), (x, y), (x, y), F.cross_entropy, metric, batch_size=10)
+
+
+def test_an_artifact_of_dead_units_is_faster_than_float32(wide, tmp_path):
+    bench = Workbench(wide, "cpu")
+    plan = Plan({spec.name: LayerPlan(bits=8, threshold=1e-3) for spec in bench.layers}, Recipe(0.0, 1e-3, 0.0))
+    *_, outcome = run_trial(bench, plan, Budget((0.0,)))
+    path = tmp_path / "trial.acz"
+    path.write_bytes(outcome.artifact)
+    found = latency.measure(wide, {7: path}, batches=(1, 40), turns=6, seconds=0.004)
+    assert list(found) == [7]
+    one, many = found[7]
+    assert (one.target, one.batch, many.batch, one.threads) == ("onnx", 1, 40, 1)
+    for each in (one, many):
+        assert each.low <= each.median <= each.high
+        assert each.ratio < 0.6
+        assert each.ratio == pytest.approx(each.median / each.baseline, rel=0.5)
+        assert 1000 < each.size_bytes < 4 * 256 * 2048
+    with pytest.raises(UsageError, match="threads is 0, allowed: 1 or more"):
+        latency.measure(wide, {7: path}, threads=0)
+    with pytest.raises(UsageError, match="batch is -3, allowed: 1 or more"):
+        latency.measure(wide, {7: path}, batches=(1, -3))
+
+
+def test_bench_writes_the_record_which_mlflow_and_the_terminal_read(tmp_path, local, one_thread, monkeypatch, capsys):  # noqa: F811
+    folder = tmp_path / "runs"
+    with pytest.raises(StudyError):
+        api.bench("none", dir=folder)
+    api.search(f"{write_task(tmp_path)}:task", trials=2, workers=1, name="timed", dir=folder, finetune_epochs=0.5)
+    monkeypatch.setattr(latency, "measure", partial(latency.measure, turns=2, seconds=0.001))
+    capsys.readouterr()
+    assert cli.main(["bench", "timed", "--dir", str(folder), "--batch", "2"]) == 0
+    assert "onnx, batch 2" in capsys.readouterr().out
+    record = api.open_study("timed", dir=folder).record
+    for trial, point in zip(record.front, record.to_front_json()["front"], strict=True):
+        (told,) = trial.latencies
+        assert json.loads(json.dumps(point["latencies"])) == [told.to_json()]
+        assert told.batch == 2
+        names = {p.key: p.value for p in runs.trial_points(record, trial)}
+        assert names["latency_onnx_batch_2_ms"] == pytest.approx(1e3 * told.median)
+        assert names["latency_onnx_batch_2_over_float32"] == told.ratio
+    for arguments, said in ((["--batch", "0"], "batch is 0"), (["--batch", "1", "1"], "allowed: each size once")):
+        assert cli.main(["bench", "timed", "--dir", str(folder), *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_later_latencies_replace_those_of_the_same_key(tmp_path, local, one_thread):  # noqa: F811
+    folder = tmp_path / "runs"
+    api.search(f"{write_task(tmp_path)}:task", trials=1, workers=1, name="timed", dir=folder, finetune_epochs=0.5)
+    store = StudyStore.open(Records.find(folder).file("timed"))
+    store.note_latencies({0: [ONE, replace(ONE, batch=32)]})
+    store.note_latencies({0: [replace(ONE, median=7.0)]})
+    (trial,) = StudyStore.open(Records.find(folder).file("timed")).record().trials
+    assert trial.latencies == (replace(ONE, median=7.0), replace(ONE, batch=32))
+
+
+def test_the_table_has_a_dash_where_nothing_was_measured(tmp_path, local, one_thread):  # noqa: F811
+    from rich.console import Console
+
+    path = write_task(tmp_path)
+    record = api.search(
+        f"{path}:task", trials=4, workers=1, name="some", dir=tmp_path / "r", finetune_epochs=0.5
+    ).record
+    first, *_ = record.front
+    other = replace(ONE, batch=8, threads=2)
+    trials = [
+        replace(trial, latencies=(ONE, other) if trial.number == first.number else (ONE,)) for trial in record.trials
+    ]
+    console = Console(width=200, record=True)
+    console.print(report.latency_table(replace(record, trials=tuple(trials))))
+    text = console.export_text()
+    assert "onnx, batch 8, 2 threads" in text
+    assert "1.23 KB  2 ms +- 8 %  0.50x" in text
+    assert (" - " in text) == (len(record.front) > 1)
