@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _SETTINGS, _TESTS, _TRACKING = "autocompress", "autocompress.tests", "autocompress.tracking"
 _LATENCIES = "autocompress.latencies"
+_FAILURES = 2
+"""Trials that failed where they went on from a state, none having finished, after which no other one tries it."""
 _ASKED, _DRAWN = 5, 300
 """How often the sampler is asked for a plan that is new, and how many are drawn at random then."""
 _SMALL = 20_000
@@ -307,6 +310,8 @@ class StudyStore:
         """The next trial of a search by continuation; a plan may come again, from another state."""
         record, limit = self.record(), USEFUL[self.settings.direction]
         front = {trial.number for trial in record.front}
+        failed = Counter(t.parent for t in record.trials if t.state == "failed")
+        went_on = {t.parent for t in record.trials if t.state in ("complete", "stopped")}
         seen = [
             Seen(
                 number=t.number,
@@ -314,7 +319,7 @@ class StudyStore:
                 params=self._params[t.number],
                 running=t.state == "running",
                 useful=t.number in front and (record.baseline is None or record.relative_drop(t) <= limit),
-                open=t.number in states,
+                open=t.number in states and (failed[t.number] < _FAILURES or t.number in went_on),
                 position=math.log(t.best.size_bytes) if t.best else 0.0,
             )
             for t in record.trials
