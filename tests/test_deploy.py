@@ -23,7 +23,7 @@ from autocompress.codec import header
 from autocompress.codec.tensors import Coded
 from autocompress.compress.artifact import load, read
 from autocompress.deploy import onnx as deploy_onnx
-from autocompress.deploy import torch_export, verify
+from autocompress.deploy import slim, torch_export, verify
 from autocompress.deploy.export import export
 from autocompress.errors import ArtifactError, ExportError, UsageError
 from autocompress.plan import LayerPlan, Plan
@@ -318,6 +318,23 @@ def test_inner_names_are_short_and_say_nothing(smoke):
     assert {len(name) for name in names - known} <= {1, 2}
     assert {"1.weight", "input", "output"} <= names
     assert not any(a.name in {"alpha", "beta", "transA"} for node in graph.node for a in node.attribute)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(ExportError("no"), "no"), (KeyError("odd"), "its graph is not understood")]
+)
+def test_what_cannot_be_cut_is_exported_whole(tmp_path, monkeypatch, error, said):
+    def fails(*_):
+        raise error
+
+    torch.manual_seed(0)
+    task = make_task(mlp(), (torch.randn(20, 1, 8, 8),))
+    artifact = compressed(task, SMALL, tmp_path)
+    monkeypatch.setattr(slim, "slimmed", fails)
+    manifest = export(artifact, task, "onnx", tmp_path / "out", FACTS)
+    assert manifest["cut"]["dead_units"] == 0
+    assert said in manifest["cut"]["because"]
+    check_against_torch(task, artifact, tmp_path / "out" / "model.onnx")
 
 
 def test_manifest_tells_the_truth(smoke):

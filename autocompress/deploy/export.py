@@ -25,6 +25,7 @@ from autocompress.compress.ranges import attached
 from autocompress.deploy import verify
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
+from autocompress.tasks.wording import one_line
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
@@ -214,14 +215,16 @@ def write_file(
 
 
 def _slim(recorder: Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-    """The module without dead units and what the manifest says of it; as it is where torch.export refuses it."""
+    """The module without dead units and what the manifest says of it; as it is where that cannot be done."""
     from autocompress.deploy.slim import slimmed
 
     try:
         module, cut = slimmed(recorder.module, inputs, recorder.keywords)
     except ExportError as error:
         return recorder.module, {"cut": {"dead_units": 0, "because": str(error)}}
-    return module, {"cut": cut.to_json()}
+    except Exception as error:  # a graph of torch.export that is like none before: nothing has to be cut
+        return recorder.module, {"cut": {"dead_units": 0, "because": f"its graph is not understood: {one_line(error)}"}}
+    return module if cut.units else recorder.module, {"cut": cut.to_json()}
 
 
 def _described(arrays: Named) -> list[dict[str, Any]]:
