@@ -184,7 +184,8 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
                 calibration=lambda: bench.calibration,
             )
             _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))
-            share = plan.recipe.accumulation / bench.steps_per_epoch
+            together = min(plan.recipe.accumulation, bench.steps_per_epoch)
+            share = together / bench.steps_per_epoch
             recipe = replace(plan.recipe, epochs=(_WARM + _TIMED) * share)
             feed = bench.feed(0, recipe.distillation > 0, recipe.infomax > 0)
             own = bench.task.finetune or finetune
@@ -193,7 +194,7 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
             _, seconds = _timed(lambda: next(rungs))
     finally:
         torch.set_num_threads(before)
-    return seconds / _TIMED / plan.recipe.accumulation, fixed
+    return seconds / _TIMED / together, fixed
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -371,6 +371,8 @@ def _outcomes(
     for rung, epoch in enumerate(reached):
         if model.codes:
             bench.recalibrate(model)
+        if (name := model.broken()) is not None:
+            raise TrialFailed(f"after {epoch:g} epochs of finetuning {name!r} holds values that are not finite")
         tensors, grids = model.encode(), model.grids()
         data = artifact.write(bench.task.model, model.plan, tensors, autocompress.__version__, effort, grids=grids)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)

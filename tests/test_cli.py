@@ -212,6 +212,23 @@ def test_bad_search_spaces(fail, work, text, words):
         assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "layers: [{bits: 4, quantizer: uniform, granularity: channel}]\nrecipe: {rate: 1}\n",
+            ["granularity is 'channel'"],
+        ),
+        ("layers: [{bits: 4, quantizer: asymmetric}]\nrecipe: {rate: 1}\n", ["quantizer is 'asymmetric'"]),
+    ],
+)
+def test_a_space_none_of_whose_plans_can_work_is_refused_at_once(fail, work, text, words):
+    (work / "space.yaml").write_text(f"version: 1\n{text}")
+    line = fail(2, "search", "waves.py:task", "--space", "space.yaml")
+    assert "holds plans that cannot work" in line
+    assert all(word in line for word in words), line
+
+
 def test_a_folder_that_cannot_be_written(fail, work):
     (work / "file").write_text("in the way")
     line = fail(2, *search("--dir", "file"))

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from autocompress import Task
 from autocompress.compress import apply, finetune, lowrank, quantize
 from autocompress.compress.finetune import Feed, distillation_loss
 from autocompress.compress.layers import find_layers
 from autocompress.errors import TrialFailed
 from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.trial import Budget, Workbench, run_trial
 
 DRAW = torch.Generator().manual_seed(3)
 X = torch.randn(64, 10, generator=DRAW)
@@ -380,3 +382,68 @@ def test_the_price_is_told_what_was_paid_before_and_what_an_epoch_is(monkeypatch
     compressed.paid = 1.5
     list(finetune.finetune(compressed, feed(), F.cross_entropy, recipe, [2.0]))
     assert told == [(6, 4.0, 1.5, 8, {"epoch": 4.0})]
+
+
+def accuracy(outputs, targets):
+    return float((outputs.argmax(1) == targets).float().mean())
+
+
+class Viewing(nn.Module):
+    """`view` after a convolution works in the usual layout alone; a mask of infinities is a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 4)
+        self.register_buffer("mask", torch.full((4,), -math.inf).masked_fill(torch.arange(4) < 4, 0.0))
+        self.register_buffer("unused", torch.full((2,), -math.inf))
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(x)).view(-1, 4 * 36)) + self.mask
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_model_that_views_images_trains(rate):
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 4, (64,))
+    task = Task(Viewing().eval(), (x, y), (x, y), (x, y), F.cross_entropy, accuracy)
+    bench = Workbench(task, "cpu")
+    plan = Plan({s.name: LayerPlan(bits=5) for s in bench.layers}, Recipe(3.0, 1e-3, 0.5, rate))
+    *_, last = run_trial(bench, plan, Budget((0.0, 1.0)))
+    assert last.measurement.epoch == 3.0
+
+
+def test_images_are_trained_in_the_fast_layout_where_the_model_bears_it():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 4)).eval()
+    specs = find_layers(net, lambda m: m(torch.randn(1, 3, 8, 8))).layers
+    compressed = apply.compress(net, specs, Plan({s.name: LayerPlan(bits=5) for s in specs}), None)
+    batches = Feed(lambda _: iter([(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), None)]), 1)
+    list(finetune.finetune(compressed, batches, F.cross_entropy, Recipe(1.0, 1e-3, 0.0), [1.0]))
+    assert compressed.fast_layout
+    assert compressed.substitutes()["0.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_step_takes_no_more_batches_than_an_epoch_has():
+    recipe = Recipe(2.0, 1e-3, 0.0, accumulation=10**9)
+    seen = []
+
+    def counted(outputs, targets):
+        seen.append(len(targets))
+        return F.cross_entropy(outputs, targets)
+
+    list(finetune.finetune(compress(*TWO), feed(), counted, recipe, [2.0]))
+    assert sum(seen) == 2 * 64
+
+
+def test_what_is_not_finite_after_training_fails_the_trial():
+    def ruined(model, feed, loss, recipe, rungs):
+        for rung in rungs:
+            with torch.no_grad():
+                next(model.others()).fill_(math.nan)
+            yield rung
+
+    task = Task(make().eval(), (X, Y), (X, Y), (X, Y), F.cross_entropy, accuracy, finetune=ruined)
+    bench = Workbench(task, "cpu")
+    plan = Plan({s.name: LayerPlan(bits=5) for s in bench.layers}, Recipe(1.0))
+    with pytest.raises(TrialFailed, match=r"after 0 epochs of finetuning '0.bias' holds values that are not finite"):
+        list(run_trial(bench, plan, Budget((0.0, 1.0))))

@@ -75,7 +75,7 @@ def not_finite(model, feed, loss, recipe, rungs):
         (broken, "the task's finetune raised ValueError: no such thing"),
         (lambda *given: None, "the task's finetune raised TypeError: 'NoneType' object is not iterable"),
         (lambda: None, r"the task's finetune raised TypeError: .*takes 0 positional arguments but 5"),
-        (not_finite, "metric"),
+        (not_finite, "holds values that are not finite"),
     ],
 )
 def test_what_goes_wrong_is_a_failed_trial_in_one_line(own, said):

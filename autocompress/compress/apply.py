@@ -59,6 +59,7 @@ class Compressed:
         self.module, self.plan, self.codes, self.aliases, self.paid = module, plan, codes, aliases, paid
         self.ranges = dict(ranges or {})
         self.shortened = shortened(module, plan) - codes.keys()
+        self.fast_layout = False
 
     @property
     def device(self) -> torch.device:
@@ -71,12 +72,35 @@ class Compressed:
 
     def substitutes(self) -> dict[str, Tensor]:
         """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
-        values = {key: in_fast_layout(code.values()) for key, code in self.codes.items()}
+        values = {key: code.values() for key, code in self.codes.items()}
+        if self.fast_layout:
+            values = {key: in_fast_layout(value) for key, value in values.items()}
         values |= {alias: values[key] for alias, key in self.aliases.items()}
         for key, parameter in self.module.named_parameters():
             if key in self.shortened:
                 values[key] = in_short(parameter)
         return values
+
+    def lay_out(self, fast: bool) -> None:
+        """Have weights, parameters and buffers of four axes in the layout that trains fast, or as they come."""
+        self.fast_layout = fast
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            tensor.data = in_fast_layout(tensor.data) if fast else tensor.data.contiguous()
+
+    def broken(self) -> str | None:
+        """The first of what training moves that has a value that is not finite, None where there is none."""
+        for key, code in self.codes.items():
+            learned = (code.weights, code.table, *(tensor for group in code.trained() for tensor in group))
+            if not all(bool(tensor.isfinite().all()) for tensor in learned if tensor is not None):
+                return key
+        coded = {*self.codes, *self.aliases}
+        moved: dict[str, Tensor] = {}
+        moved |= {key: p for key, p in self.module.named_parameters() if key not in coded and p.requires_grad}
+        moved |= {key: b for key, b in self.module.named_buffers() if key.endswith(("running_mean", "running_var"))}
+        for key, tensor in moved.items():
+            if not bool(tensor.isfinite().all()):
+                return key
+        return next((name for name, found in self.ranges.items() if not bool(found.state().isfinite().all())), None)
 
     def others(self) -> Iterator[nn.Parameter]:
         """The parameters that are trained as they are: all but the coded and the frozen ones."""

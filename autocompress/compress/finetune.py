@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.compress.apply import Compressed, call_with, in_fast_layout
+from autocompress.compress.apply import Compressed, call_with
 from autocompress.compress.infomax import Tap, info_nce
 from autocompress.compress.rate import Charge, RatedCode
 from autocompress.compress.structure import float_tensors, map_tensors
@@ -50,9 +51,11 @@ def finetune(
     """Train in place, stopping at each rung (epochs, rising) to yield it; a rung above 0 is at least one step.
 
     Adam (Kingma & Ba 2015) with a short warm-up and a cosine decay over `recipe.epochs`; tables and steps
-    learn at a tenth of the rate. A step takes `recipe.accumulation` batches, of which it sees the mean.
+    learn at a tenth of the rate. A step takes `recipe.accumulation` batches, or all of an epoch if these are fewer, of
+    which it sees the mean.
     Raises TrialFailed when the loss is no longer finite, PlanError for a precision that the device lacks.
     """
+    recipe = replace(recipe, accumulation=min(recipe.accumulation, feed.steps))
     per_epoch = feed.steps / recipe.accumulation
     total = max(1, round(recipe.epochs * per_epoch))
     if not model.codes and not model.ranges and not any(True for _ in model.others()):
@@ -65,8 +68,7 @@ def finetune(
     batches, watch = _endless(feed), _Watch(total, device)
     rated = [code for code in model.codes.values() if isinstance(code, RatedCode)]
     charge = Charge(rated, recipe.rate, model.paid, total, epoch=per_epoch)
-    for tensor in (*model.module.parameters(), *model.module.buffers()):
-        tensor.data = in_fast_layout(tensor.data)
+    batches = _laid_out(model, batches)
     step = 0
     for rung in rungs:
         until = min(total, max(round(rung * per_epoch), rung > 0))
@@ -93,6 +95,17 @@ def finetune(
             step += 1
         watch.look()
         yield rung
+
+
+def _laid_out(model: Compressed, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; the model is in the fast layout where it bears that: one that calls `view` on images does not."""
+    first = next(batches)
+    model.lay_out(fast=True)
+    try:
+        _evaluated(model, first[0])
+    except RuntimeError:  # what else there is, a step will say
+        model.lay_out(fast=False)
+    return chain([first], batches)
 
 
 @torch.no_grad()

@@ -81,19 +81,22 @@ def gather(
     found = {spec.name: _Sampled() for spec in specs}
     checking = False
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         width = widths[name]
         wanted = max(ROWS, 2 * width, min(8 * ROWS, _PRODUCTS // width**2)) if width <= WIDEST else kept
 
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
                 most = -(-kept // (4 * checked)) if checking else -(-wanted // fitted)
-                rows = rows_of(layer, args[0].detach(), most, generator).float()
+                rows = rows_of(layer, x.detach(), most, generator).float()
                 found[name].add(rows, checking, kept=-(-kept // fitted), moments=widths[name] <= WIDEST)
 
         return hook
 
-    hooks = [model.get_submodule(spec.name).register_forward_pre_hook(note(spec.name)) for spec in specs]
+    hooks = [
+        model.get_submodule(spec.name).register_forward_pre_hook(note(spec.name), with_kwargs=True) for spec in specs
+    ]
     try:
         with torch.no_grad():
             for index, inputs in enumerate(batches):
