@@ -68,7 +68,7 @@ def finetune(
     batches, watch = _endless(feed), _Watch(total, device)
     rated = [code for code in model.codes.values() if isinstance(code, RatedCode)]
     charge = Charge(rated, recipe.rate, model.paid, total, epoch=per_epoch)
-    batches = _laid_out(model, batches)
+    batches = _laid_out(model, batches, recipe.precision)
     step = 0
     for rung in rungs:
         until = min(total, max(round(rung * per_epoch), rung > 0))
@@ -97,12 +97,13 @@ def finetune(
         yield rung
 
 
-def _laid_out(model: Compressed, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _laid_out(model: Compressed, batches: Iterator[Batch], precision: str) -> Iterator[Batch]:
     """The batches; the model is in the fast layout where it bears that: one that calls `view` on images does not."""
     first = next(batches)
     model.lay_out(fast=True)
     try:
-        _evaluated(model, first[0])
+        with _at_precision(precision, model.device):
+            _evaluated(model, first[0])
     except RuntimeError:  # what else there is, a step will say
         model.lay_out(fast=False)
     return chain([first], batches)
