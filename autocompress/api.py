@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import autocompress
 from autocompress import report
-from autocompress.errors import PlanError, SpaceError, StudyBusy, StudyError, UsageError
+from autocompress.errors import StudyBusy, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.origins import load_origin, origin_of
 from autocompress.record import TrialRecord, parse_time
@@ -25,7 +25,6 @@ from autocompress.tasks.task import Task
 
 if TYPE_CHECKING:
     from autocompress.engine import Cluster
-    from autocompress.plan import LayerSpec
     from autocompress.preflight import Preflight
     from autocompress.search.space import Space
     from autocompress.session import Listener, Session
@@ -214,12 +213,12 @@ def _search(
     found = load_space(CONTINUATION if space is None and along else space, bench.layers, bench.rank_errors)
     if along:
         check_continuable(found)
-    check_space(found, bench.layers, bench.device)
+    preflight.check_space(found, bench)
     priced = is_continuable(found)
-    before = StudyStore.open(records.file(name)) if name is not None and records.file(name).exists() else None
-    trials, epochs = _scope(
-        bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along, before=before
-    )
+    if epochs is None and along and name is not None and records.file(name).exists():
+        before = StudyStore.open(records.file(name))
+        epochs, trials = before.settings.epochs, before.asked if trials is None else trials
+    trials, epochs = _scope(bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
     chains = chains_within(sweep or trials - 1, cluster.workers)
     settings = Settings(
@@ -287,13 +286,10 @@ def _scope(
     epochs: float | None,
     budget: float | None,
     along: bool,
-    before: StudyStore | None,
 ) -> tuple[int, float]:
-    """Trials, and epochs of each, where they were not asked for; those of a continuation as begun, else by budget."""
+    """Trials, and epochs of each, where they were not asked for; those of a continuation fill the budget."""
     from autocompress import preflight
 
-    if epochs is None and along and before is not None:
-        epochs, trials = before.settings.epochs, before.asked if trials is None else trials
     wanted = DEFAULT_TRIALS if trials is None else trials
     if epochs is not None:
         return wanted, epochs
@@ -302,19 +298,6 @@ def _scope(
         way = {"trials": wanted, "workers": cluster.workers, "threads": cluster.threads}
         found = preflight.filling(bench, space, seconds=budget, **way, more=trials is None)
     return found or (wanted, bench.default_epochs * (preflight.PATIENCE if along else 1))
-
-
-def check_space(space: Space, layers: Sequence[LayerSpec], device: Any) -> None:
-    """Raise SpaceError for a space none of whose plans can work: options that do not go together, or on the device."""
-    from autocompress.plan import check
-
-    plan = space.plan({knob.name: knob.at(0.5) for knob in space.knobs}, 1.0)
-    try:
-        check(plan, layers)
-    except PlanError as error:
-        raise SpaceError(f"the search space holds plans that cannot work: {error}") from error
-    if plan.recipe.precision == "float16" and str(device).partition(":")[0] != "cuda":
-        raise SpaceError(f"recipe.precision is 'float16', allowed on {device}: float32, bfloat16")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autocompress.compress.finetune import finetune
+from autocompress.compress.finetune import check_precision, finetune
+from autocompress.errors import PlanError, SpaceError
 from autocompress.plan import LayerSpec, check
 from autocompress.search.continuation import STEPS
 from autocompress.search.space import Space, ladder
@@ -107,7 +108,7 @@ def preflight(
         step, fixed = _costs(bench, space, threads, epochs)
     except Exception as error:  # whatever a user's loss, metric or data raises: a trial will say it again
         step, fixed, problem = math.nan, math.nan, f"{type(error).__name__}: {' '.join(str(error).split())}"
-    recipe_epochs = space.plan(space.clip({k.name: k.at(0.5) for k in space.knobs}), epochs).recipe.epochs
+    recipe_epochs = space.middle(epochs).recipe.epochs
     full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
     early = max(0, trials - unstopped - 1) if rungs > 1 else 0
     work = full * (trials - 0.35 * early) * (_CONTENTION if workers > 1 else 1.0)
@@ -137,6 +138,16 @@ def uniform_steps(trials: int) -> int:
 def sweep_trials(trials: int, workers: int) -> int:
     """How many trials by continuation a search of so many trials begins with, after trial 0: at most two thirds."""
     return min(2 * (trials - 1) // 3, workers * STEPS) if trials > 1 else 0
+
+
+def check_space(space: Space, bench: Workbench) -> None:
+    """Raise SpaceError where the plan in the middle of the space cannot work: options that do not go together."""
+    plan = space.middle(1.0)
+    try:
+        check(plan, bench.layers)
+        check_precision(plan.recipe.precision, bench.device)
+    except PlanError as error:
+        raise SpaceError(f"the search space holds plans that cannot work: {error}") from error
 
 
 def filling(

@@ -23,8 +23,8 @@ STATES = ("running", "complete", "stopped", "failed")
 class Latency:
     """The time of a call in a target's runtime: seconds, the median and the quartiles on either side.
 
-    `baseline` is the median of the float32 model's export in the same run, `ratio` the median of the ratios to it of
-    turns that followed each other, `size_bytes` the file's length.
+    `baseline` is the median of the float32 model's export in the same run, `ratio` the median of the ratios to it in
+    each round of turns, `size_bytes` the file's length.
     """
 
     target: str

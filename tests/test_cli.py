@@ -224,9 +224,10 @@ def test_bad_search_spaces(fail, work, text, words):
 )
 def test_a_space_none_of_whose_plans_can_work_is_refused_at_once(fail, work, text, words):
     (work / "space.yaml").write_text(f"version: 1\n{text}")
-    line = fail(2, "search", "waves.py:task", "--space", "space.yaml")
-    assert "holds plans that cannot work" in line
-    assert all(word in line for word in words), line
+    for command in ("search", "inspect"):
+        line = fail(2, command, "waves.py:task", "--space", "space.yaml")
+        assert "holds plans that cannot work" in line
+        assert all(word in line for word in words), line
 
 
 def test_a_folder_that_cannot_be_written(fail, work):

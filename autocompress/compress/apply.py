@@ -90,8 +90,7 @@ class Compressed:
     def broken(self) -> str | None:
         """The first of what training moves that has a value that is not finite, None where there is none."""
         for key, code in self.codes.items():
-            learned = (code.weights, code.table, *(tensor for group in code.trained() for tensor in group))
-            if not all(bool(tensor.isfinite().all()) for tensor in learned if tensor is not None):
+            if not all(bool(tensor.isfinite().all()) for group in code.trained() for tensor in group):
                 return key
         coded = {*self.codes, *self.aliases}
         moved: dict[str, Tensor] = {}
@@ -246,7 +245,8 @@ def _calibrated(
     inputs = calibration()
     codes: dict[str, Code | RatedCode] = {}
     rated = {key for key, layer in plan.layers.items() if is_rated(plan, layer)}
-    elements = sum(module.get_parameter(key).numel() for key in {*rated, *others})
+    elements = sum(module.get_parameter(key).numel() for key in rated)
+    elements += sum(code.weights.numel() for code in others.values() if isinstance(code, RatedCode))
     labels = {key: key.removesuffix(".weight") for key in plan.layers}
     bit = priced.EXCHANGE * plan.recipe.rate * len(rated) / max(1, elements)
 

@@ -154,10 +154,15 @@ def _at_precision(precision: str, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, getattr(torch, precision))
 
 
-def _scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """What keeps float16's gradients from vanishing; it passes everything on as it is at other precisions."""
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise PlanError for a precision that the device lacks."""
     if precision == "float16" and device.type != "cuda":
         raise PlanError(f"recipe: precision is 'float16' on device {device.type!r}, allowed there: float32, bfloat16")
+
+
+def _scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps float16's gradients from vanishing; it passes everything on as it is at other precisions."""
+    check_precision(precision, device)
     return torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
 

@@ -138,12 +138,12 @@ class Analysis:
     """The values of a graph's nodes, and its layers, in the graph's order."""
 
     values: dict[fx.Node, Value]
-    layers: list[Layer]
+    layers: dict[fx.Node, Layer]
     tensors: dict[fx.Node, Tensor]
 
     def spaces(self) -> Iterator[Space]:
         """Each independent space once."""
-        every = [*self.values.values(), *(layer.inputs for layer in self.layers)]
+        every = [*self.values.values(), *(layer.inputs for layer in self.layers.values())]
         yield from {id(root): root for root in (value.space.root() for value in every)}.values()
 
 
@@ -162,7 +162,7 @@ def operator(node: fx.Node) -> str:
 
 def analysed(graph: fx.Graph, tensors: dict[fx.Node, Tensor]) -> Analysis:
     """Which units of the graph's tensors stay (`Space.keep`); `tensors` are those of its `get_attr` nodes."""
-    found = Analysis({}, [], tensors)
+    found = Analysis({}, {}, tensors)
     for node in graph.nodes:
         _forward(found, node)
     for node in reversed(graph.nodes):
@@ -240,8 +240,8 @@ def _layer(found: Analysis, node: fx.Node) -> Value | None:
     padded = not linear and ((isinstance(padding, str) and padding != "valid") or _any(padding))
     layer = Layer(node, inputs, outputs, weight, found.tensors.get(bias), depthwise, padded)  # type: ignore[arg-type]
     outputs.constant = layer.constants()
-    found.layers.append(layer)
     _tie(found, layer)
+    found.layers[node] = layer
     return outputs
 
 
@@ -249,7 +249,7 @@ def _tie(found: Analysis, layer: Layer) -> None:
     """A weight that two layers share has the units of both; one that others than layers read stays whole."""
     at = layer.weight.data_ptr()
     readers = {reader for node, tensor in found.tensors.items() if tensor.data_ptr() == at for reader in node.users}
-    others = [other for other in found.layers[:-1] if other.weight.data_ptr() == at]
+    others = [other for other in found.layers.values() if other.weight.data_ptr() == at]
     whole = any(operator(reader) != operator(layer.node) or reader.args[0] in found.tensors for reader in readers)
     for other in others:
         whole |= other.inputs.repeat != layer.inputs.repeat or other.depthwise != layer.depthwise
@@ -369,7 +369,7 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def _backward(found: Analysis, node: fx.Node) -> None:
     """Hand what is read of a node on to its inputs."""
     value = found.values.get(node)
-    layer = next((layer for layer in found.layers if layer.node is node), None)
+    layer = found.layers.get(node)
     if layer is not None:
         layer.inputs.read |= layer.needs()
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import tempfile
 import time
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from autocompress.compress.artifact import load
 from autocompress.deploy.export import Named, Recorder, write_file
-from autocompress.errors import UsageError
+from autocompress.errors import ExportError, UsageError
 from autocompress.record import Latency
-from autocompress.tasks.batches import predict
+from autocompress.tasks.batches import call_model, first_batch, to_device
+from autocompress.tasks.wording import one_line
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
@@ -26,17 +29,19 @@ TURNS = 30
 TURN_SECONDS = 0.02
 """Of a turn, after as long to warm up; at least three calls each."""
 _FEWEST = 3
+MOST = {"batch": 65536, "threads": 1024}
+"""The largest values allowed."""
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of a call, the median of each turn; turn i of one file comes just before or after that of another."""
+    """Seconds of a call, the median of each turn; in round i each file has its turn i."""
 
     medians: tuple[float, ...]
 
     def over(self, other: Turns) -> float:
-        """The median ratio of turns that belong together."""
+        """The median ratio of turns of the same round."""
         return statistics.median(a / b for a, b in zip(self.medians, other.medians, strict=True))
 
     @property
@@ -81,15 +86,16 @@ def measure(
     """By trial the latencies of its artifact's ONNX file in onnxruntime, one for each batch size.
 
     Inputs are the first test examples, repeated where there are fewer. Raises ExportError for what cannot be
-    exported, UsageError for batch sizes and threads below 1.
+    exported or run, UsageError for batch sizes and threads beyond `MOST`.
     """
     for what, value in (("threads", threads), *(("batch", size) for size in batches)):
-        if value < 1:
-            raise UsageError(f"{what} is {value}, allowed: 1 or more")
+        if not 1 <= value <= MOST[what]:
+            raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)
-        base = Recorder(task.model.eval(), folder)
-        predict(base, task.test, batch_size=max(batches))
+        base = Recorder(copy.deepcopy(task.model).cpu().eval(), folder)
+        with torch.no_grad():
+            call_model(base, to_device(first_batch(task.test, max(batches))[0], "cpu"))
         inputs = {size: _resized(base.first(size), size) for size in batches}
         files = {"float32": folder / "float32.onnx"}
         write_file("onnx", folder, base, files["float32"], slim=False)
@@ -123,7 +129,10 @@ def _session(file: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise ExportError(f"onnxruntime does not load {file.name}: {one_line(error)}") from error
 
 
 def _call(session: Any, inputs: Named) -> Call:

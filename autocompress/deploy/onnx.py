@@ -326,7 +326,7 @@ def _shorten(graph: Any, keep: set[str]) -> None:
 
     A tensor is named some four times; beside a few KB of codes names were a fifth of a file.
     """
-    for node in graph.node:
+    for node in (node for node in graph.node if onnx.defs.has(node.op_type, node.domain)):
         defaults = onnx.defs.get_schema(node.op_type, OPSET, node.domain).attributes
         given = [
             a for a in node.attribute if a.name not in defaults or not _same_value(a, defaults[a.name].default_value)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,14 +50,14 @@ def slimmed(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> tup
     for node in list(graph.nodes):
         if node.op == "call_module" and not node.users:  # the checks of shapes that torch.export adds
             graph.erase_node(node)
-    tensors = {node: _at(graph_module, str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+    held = {node: attrgetter(str(node.target))(graph_module) for node in graph.nodes if node.op == "get_attr"}
     found = dead_units.analysed(
-        graph, {node: tensor.detach() for node, tensor in tensors.items() if _is_tensor(tensor)}
+        graph, {node: value.detach() for node, value in held.items() if isinstance(value, Tensor)}
     )
     made: dict[int, fx.Node] = {}
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     macs = [0, 0]
-    for layer in found.layers:
+    for layer in found.layers.values():
         name = str(layer.node.args[1].target)  # type: ignore[union-attr]
         before, after = _rewritten(graph_module, layer, made)
         shapes[name] = (before, after)
@@ -75,15 +76,6 @@ def slimmed(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> tup
     sizes = [(space.size, int(space.keep.sum())) for space in found.spaces() if not space.fixed]
     gone = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     return graph_module, Cut(sum(a - b for a, b in sizes), sum(a for a, _ in sizes), macs[0], macs[1], gone)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _at(module: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
 
 
 def _places(layer: Layer) -> int:

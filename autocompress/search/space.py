@@ -176,6 +176,10 @@ class Space:
                 params[setting.name] = setting.clip(getattr(plan.recipe, name))
         return params
 
+    def middle(self, epochs: float) -> Plan:
+        """The plan with every knob in the middle of its range."""
+        return self.plan(self.clip({knob.name: knob.at(0.5) for knob in self.knobs}), epochs)
+
     def clip(self, params: Mapping[str, float]) -> dict[str, float]:
         """The parameters moved to the nearest values in range. Raises SpaceError for missing or unknown names."""
         return {knob.name: knob.clip(params[knob.name]) for knob in self._named(params)}
