@@ -1,18 +1,20 @@
 """The time of a finetuning step with its options, over a plain training step of the same uncompressed model.
 
-    python scripts/bench_finetune.py [--net lenet5] [--rounds 40] [--json FILE]
+    python scripts/bench_finetune.py [--net lenet5] [--rounds 40] [--device cuda] [--json FILE]
 
-One thread, processor time. The plain step is forward, loss, backward and torch.optim.Adam with its defaults, in
-channels last where our steps are. All ways take turns, a few steps each a round; a ratio is the median over rounds of
-a way's time in that round over the plain step's, per batch. "all" has masks and codebooks, a distillation of 0.5 (from
-outputs known in advance), accumulation 2 and InfoMax; "all, 1" the same with accumulation 1; "all, rated" has learned
-grids under a rate instead of masks and codebooks. With "activations" the inputs of layers have 8 bits in learned
-ranges, but for those of a layer whose parent reads its weight by itself.
+One thread, processor time; on CUDA the time until the device has done a round's steps. The plain step is forward,
+loss, backward and torch.optim.Adam with its defaults, in channels last where our steps are. All ways take turns, a few
+steps each a round; a ratio is the median over rounds of a way's time in that round over the plain step's, per batch.
+"all" has masks and codebooks, a distillation of 0.5 (from outputs known in advance), accumulation 2 and InfoMax; "all,
+1" the same with accumulation 1; "all, rated" has learned grids under a rate instead of masks and codebooks. With
+"activations" the inputs of layers have 8 bits in learned ranges, but for those of a layer whose parent reads its weight
+by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -98,17 +100,18 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     return (outputs.argmax(1) == targets).double().mean().item()
 
 
-def plain(task: Task) -> Iterator[None]:
+def plain(task: Task, device: str) -> Iterator[None]:
     """`STEPS` training steps each time."""
     model = task.model.train()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = apply.in_fast_layout(tensor.data)
+    model.to(device)
     optimiser = torch.optim.Adam(model.parameters())
     x, y = task.train
     while True:
         for step, rows in enumerate(torch.randperm(len(x)).split(task.batch_size)):
             optimiser.zero_grad()
-            task.loss(model(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            task.loss(model(x[rows].to(device)), y[rows].to(device)).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             if step % STEPS == STEPS - 1:
                 yield
@@ -125,21 +128,31 @@ def ours(bench: Workbench, layer: LayerPlan, recipe: Recipe) -> Iterator[float]:
     return finetune.finetune(model, feed, bench.task.loss, plan.recipe, [(i + 1) * share for i in range(1000)])
 
 
-def ratios(name: str, rounds: int) -> tuple[float, dict[str, float]]:
+def clock(device: str) -> float:
+    """Seconds: of the processor, or on CUDA of the clock once all is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def ratios(name: str, rounds: int, device: str) -> tuple[float, dict[str, float]]:
     """Milliseconds of a plain step, and each way's time over that."""
     torch.manual_seed(0)
     make, inputs, size = NETS[name]
     splits = [(inputs(n), torch.randint(0, 10, (n,))) for n in (16 * size, size, size)]
     task = Task(make(), *splits, F.cross_entropy, accuracy, batch_size=size)
-    bench = Workbench(task, "cpu")
-    runs = {"plain": plain(task)} | {way: ours(bench, *what) for way, what in WAYS.items()}
+    bench = Workbench(task, device)
+    runs = {"plain": plain(replace(task, model=copy.deepcopy(task.model)), device)} | {
+        way: ours(bench, *what) for way, what in WAYS.items()
+    }
     times: dict[str, list[float]] = {way: [] for way in runs}
     for round_ in range(rounds + 2):
         for way, run in runs.items():
-            began = time.process_time()
+            began = clock(device)
             next(run)  # type: ignore[call-overload]
             if round_ >= 2:
-                times[way].append((time.process_time() - began) / STEPS)
+                times[way].append((clock(device) - began) / STEPS)
     base = times.pop("plain")
     over = {way: statistics.median(a / b for a, b in zip(mine, base, strict=True)) for way, mine in times.items()}
     return 1000 * statistics.median(base), over
@@ -149,13 +162,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--net", choices=tuple(NETS), action="append")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     print(f"| net | plain, ms | {' | '.join(WAYS)} |\n|---|---|{'---|' * len(WAYS)}")
     for name in options.net or NETS:
-        base, over = ratios(name, options.rounds)
+        base, over = ratios(name, options.rounds, options.device)
         print(f"| {name} | {base:.2f} | {' | '.join(f'{ratio:.2f}' for ratio in over.values())} |", flush=True)
         found[name] = {"plain ms": base} | over
     if options.json:

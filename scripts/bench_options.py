@@ -12,7 +12,8 @@ it; "labels": with labels in the loss (distillation 0.5), "none": distillation a
 qat: the net in few bits: rounded (uniform grids to the nearest, and Hessian-aware), an epoch of finetuning in float32
 and then rounded, and the same epoch with the rounding in the loop, steps or centroids learned (QAT), begun at the
 nearest or at Hessian-aware rounding.
-precision: that epoch with the forward pass in float32 and in bfloat16, and the seconds that the trial took.
+precision: that epoch with the forward pass in float32 and in bfloat16 (on CUDA in float16 too), and the seconds that
+the trial took. --device cuda runs all that on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,16 @@ def net() -> nn.Sequential:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def trained(task: Task, epochs: int, seed: int) -> nn.Module:
+def trained(task: Task, epochs: int, seed: int, device: str) -> nn.Module:
     """The net after that many epochs of Adam with a falling rate."""
     torch.manual_seed(seed)
-    model = net()
-    x, y = task.train
+    model = net().to(device)
+    x, y = (part.to(device) for part in task.train)
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     steps = epochs * (len(x) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(128)[: len(x) // 128]:
+        for rows in torch.randperm(len(x)).to(device).split(128)[: len(x) // 128]:
             optimiser.zero_grad()
             F.cross_entropy(model(x[rows]), y[rows]).backward()
             optimiser.step()
@@ -75,10 +76,10 @@ def trained(task: Task, epochs: int, seed: int) -> nn.Module:
     return model.eval()
 
 
-def bases(epochs: int, seeds: int) -> Iterator[Task]:
+def bases(epochs: int, seeds: Sequence[int], device: str) -> Iterator[Task]:
     task = replace(load_task("fashion-lenet5"), augment=None, example_inputs=None)
-    for seed in range(seeds):
-        yield replace(task, model=trained(task, epochs, seed))
+    for seed in seeds:
+        yield replace(task, model=trained(task, epochs, seed, device).to("cpu"))
 
 
 def error(task: Task, model: nn.Module) -> float:
@@ -89,12 +90,12 @@ def whole(specs: tuple[LayerSpec, ...], layer: LayerPlan, recipe: Recipe) -> Pla
     return Plan({spec.name: layer for spec in specs}, recipe)
 
 
-def recalibration(epochs: int, seeds: int) -> dict[str, dict[str, list[float]]]:
+def recalibration(epochs: int, seeds: Sequence[int], device: str) -> dict[str, dict[str, list[float]]]:
     """Test errors in per cent, by plan and way."""
     found: dict[str, dict[str, list[float]]] = {name: {"own": [], "recalibrated": []} for name in PLANS}
     found["uncompressed"] = {"own": []}
-    for task in bases(epochs, seeds):
-        bench = Workbench(task, "cpu")
+    for task in bases(epochs, seeds, device):
+        bench = Workbench(task, device)
         found["uncompressed"]["own"].append(error(task, task.model))
         for name, layer in PLANS.items():
             model = apply.compress(bench.model, bench.layers, whole(bench.layers, layer, Recipe(0.0)), bench.svd)
@@ -124,13 +125,13 @@ class Substituted:
             self.module.get_parameter(key).data = value
 
 
-def infomax(epochs: int, seeds: int, labels: int) -> dict[str, dict[str, list[float]]]:
+def infomax(epochs: int, seeds: Sequence[int], device: str, labels: int) -> dict[str, dict[str, list[float]]]:
     """Test errors in per cent, by plan and way."""
     found: dict[str, dict[str, list[float]]] = {}
-    for seed, task in enumerate(bases(epochs, seeds)):
+    for seed, task in zip(seeds, bases(epochs, seeds, device), strict=True):
         x, y = task.train
         few = replace(task, train=(x[:labels], y[:labels]), batch_size=min(64, labels))
-        bench = Workbench(few, "cpu")
+        bench = Workbench(few, device)
         steps = 300 / bench.steps_per_epoch
         for name in ("2 bits", "threshold 1.0, 3 bits"):
             for supervision, distillation in (("labels", 0.5), ("none", 1.0)):
@@ -151,14 +152,14 @@ def file_error(bench: Workbench, layer: LayerPlan, recipe: Recipe, seed: int) ->
     return error(bench.task, module), module
 
 
-def qat(epochs: int, seeds: int) -> dict[str, dict[str, list[float]]]:
+def qat(epochs: int, seeds: Sequence[int], device: str) -> dict[str, dict[str, list[float]]]:
     """Test errors in per cent, by bits and way."""
     found: dict[str, dict[str, list[float]]] = {}
     still, epoch = Recipe(0.0), Recipe(1.0, 1e-3, 0.5)
-    for seed, task in enumerate(bases(epochs, seeds)):
-        bench = Workbench(task, "cpu")
+    for seed, task in zip(seeds, bases(epochs, seeds, device), strict=True):
+        bench = Workbench(task, device)
         plain, module = file_error(bench, LayerPlan(), epoch, seed)
-        tuned = Workbench(replace(task, model=module), "cpu")
+        tuned = Workbench(replace(task, model=module), device)
         for bits in (4, 3, 2):
             grid = LayerPlan(bits=bits, quantizer="uniform")
             ways = {
@@ -176,13 +177,13 @@ def qat(epochs: int, seeds: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def precision(epochs: int, seeds: int) -> dict[str, dict[str, list[float]]]:
+def precision(epochs: int, seeds: Sequence[int], device: str) -> dict[str, dict[str, list[float]]]:
     """Test errors in per cent and seconds, by plan and precision."""
     found: dict[str, dict[str, list[float]]] = {}
-    for seed, task in enumerate(bases(epochs, seeds)):
-        bench = Workbench(task, "cpu")
+    for seed, task in zip(seeds, bases(epochs, seeds, device), strict=True):
+        bench = Workbench(task, device)
         for name in ("3 bits", "threshold 1.0, 3 bits"):
-            for way in ("float32", "bfloat16"):
+            for way in ("float32", "bfloat16", *(["float16"] if device == "cuda" else [])):
                 began = time.perf_counter()
                 value, _ = file_error(bench, PLANS[name], Recipe(1.0, 1e-3, 0.5, precision=way), seed)
                 ways = found.setdefault(name, {})
@@ -196,14 +197,17 @@ def main() -> None:
     parser.add_argument("what", choices=("recalibration", "infomax", "qat", "precision"))
     parser.add_argument("--epochs", type=int, default=3, help="of training the net")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--labels", type=int, default=100, help="training examples that finetuning sees")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    seeds = range(options.first, options.first + options.seeds)
     if options.what == "infomax":
-        found = infomax(options.epochs, options.seeds, options.labels)
+        found = infomax(options.epochs, seeds, options.device, options.labels)
     else:
         measure = {"recalibration": recalibration, "qat": qat, "precision": precision}[options.what]
-        found = measure(options.epochs, options.seeds)
+        found = measure(options.epochs, seeds, options.device)
     print("| plan | " + " | ".join(next(iter(found.values()))) + " |\n|---|" + "---|" * len(next(iter(found.values()))))
     for name, ways in found.items():
         print(f"| {name} | " + " | ".join(f"{statistics.mean(values):.2f}" for values in ways.values()) + " |")
