@@ -521,7 +521,7 @@ def with_two_dtypes():
         lambda: nn.Upsample(scale_factor=1.5, recompute_scale_factor=True),
         lambda: nn.Embedding(3, 4), lambda: nn.LSTM(3, 4), lambda: nn.ConvTranspose2d(1, 1, 2),
     ],
-    ids=str,
+    ids=lambda make: getattr(make, "__name__", None),
 )  # fmt: skip
 def test_what_would_not_be_built_the_same_has_no_description(make):
     assert architecture.describe(make()) is None

@@ -77,9 +77,12 @@ def test_without_training_the_file_is_the_cpus(kind):
     expected, found = weights(here), weights(there)
     assert expected.keys() == found.keys()
     for key, values in expected.items():
-        if "hessian" not in kind:  # where a weight halfway between two levels that tips over moves those after it
+        if "hessian" not in kind and "svd" not in kind:  # one weight that tips over moves others; factors turn signs
             far = (values - found[key]).abs() > 1e-3 * values.abs().max()
             assert far.double().mean() < 0.02, key
+    x = task().val[0]
+    one, other = (restore(container.unpack(o.artifact), conv()).eval()(x) for o in (here, there))
+    assert (one - other).square().mean() < 0.01 * one.var()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

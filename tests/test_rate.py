@@ -21,8 +21,11 @@ from autocompress.plan import LayerPlan, Plan, Recipe, check
 FIVE = LayerPlan(bits=5, quantizer="uniform")
 
 
-def bits(levels, top):
-    """R of every level 0..top at every element, by the formulas at the head of `rate`, element by element."""
+def bits(levels, top, given=None):
+    """R of every level 0..top at every element, by the formulas at the head of `rate`, element by element.
+
+    `given`: the log odds of nonzero, where they do not follow from rows and columns alone.
+    """
     q = np.abs(levels.reshape(len(levels), -1) if levels.ndim > 1 else levels[None]).astype(np.int64)
     rows, columns = q.shape
 
@@ -38,7 +41,8 @@ def bits(levels, top):
             row = ((q[i] > 0).sum() + 0.4) / (columns + 1)
             column = ((q[:, j] > 0).sum() + 0.4) / (rows + 1)
             middle = ((q > 0).sum() + 0.4) / (q.size + 1)
-            p = 1 / (1 + 2 ** -(odds(row) + odds(column) - odds(middle)))
+            both = odds(row) + odds(column) - odds(middle) if given is None else given[i, j]
+            p = 1 / (1 + 2**-both)
             cost[0, i, j] = -math.log2(1 - p)
             for k in range(1, top + 1):
                 cost[k, i, j] = -math.log2(p) + value[k - 1]
@@ -51,7 +55,8 @@ def test_slopes_are_differences_of_the_models_bits(seed, shape, top):
     generator = torch.Generator().manual_seed(seed)
     u = torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5
     level = u.round().clamp(-top, top)
-    found = rate.slopes(u, *rate.model_of(level, top)).numpy().ravel()
+    (row, column), rises = rate.model_of(level, top)
+    found = rate.slopes(u, row + column, rises).numpy().ravel()
     cost = bits(level.numpy(), top).reshape(top + 1, -1)
     for index, value in enumerate(u.numpy().ravel()):
         low = math.floor(abs(value))
@@ -62,7 +67,7 @@ def test_slopes_are_differences_of_the_models_bits(seed, shape, top):
 def test_charge_is_the_gradient_of_the_price_times_the_bits():
     torch.manual_seed(0)
     code = RatedCode(torch.randn(6, 9, dtype=torch.float64), 4, 0.4, 1.0)
-    cost = torch.from_numpy(bits(code.levels().numpy(), code.top))
+    cost = torch.from_numpy(bits(code.levels().numpy(), code.top, code.odds.numpy()))
     code.weights.grad, code.log_step.grad = torch.zeros_like(code.weights), torch.zeros_like(code.log_step)
     code.charge(0.7)
     weights, log_step = code.weights.detach().requires_grad_(), code.log_step.detach().requires_grad_()

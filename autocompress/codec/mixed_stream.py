@@ -143,12 +143,17 @@ def _lags(levels: NDArray[np.int32], shape: tuple[int, ...], searched: bool) -> 
         return [shape[-1] if 2 <= shape[-1] < math.prod(shape[2:]) else 0]
     if not searched or levels.shape[1] < 16:
         return [0]
-    density = np.count_nonzero(levels, axis=0).astype(np.float64)
-    density -= density.mean()
+    lag = repeat_of(np.count_nonzero(levels, axis=0))
+    return [0, lag] if lag else [0]
+
+
+def repeat_of(density: NDArray[Any]) -> int:
+    """The lag, 3 or more, at which the columns' densities (n,) repeat best, as rows of an image do; 0 for none."""
+    density = density - density.mean()
     longest = min(_LONGEST_LAG, len(density) // 3)
     power = float(density @ density)
-    if not power:
-        return [0]
+    if not power or longest < 3:
+        return 0
     likeness = [float(density[lag:] @ density[:-lag]) / power for lag in range(2, longest + 1)]
     best = int(np.argmax(likeness[1:])) + 1  # neighbours are seen anyway
-    return [0, best + 2] if likeness[best] > 0.1 else [0]
+    return best + 2 if likeness[best] > 0.1 else 0

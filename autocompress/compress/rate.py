@@ -5,7 +5,8 @@ elements of all priced tensors, lambda the price (`Recipe.rate`).
 
 The objective is loss + lambda / n x R, R the bits of all levels under a model of the coder: a weight
 is nonzero with a probability p that follows from the shares of nonzero weights in its row and in its
-column (their log odds add up), its magnitude costs what the tensor's histogram says, its sign a bit:
+column (their log odds add up) and from its neighbours (`neighbours`), its magnitude costs what the tensor's histogram
+says, its sign a bit:
 
     R(0) = -log2(1 - p)        R(q) = -log2 p - log2 h(|q|) + 1
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from autocompress.codec.tensors import Coded, grid_table
-from autocompress.compress import quantize
+from autocompress.compress import neighbours, quantize
 
 REFRESH = 20
 """Steps between two counts of the model."""
@@ -53,6 +54,7 @@ class RatedCode:
         self.weights = weights.detach().clone().requires_grad_()
         self.log_step = torch.as_tensor(step).to(weights).log().requires_grad_()
         self.top, self.unit = quantize.levels(bits)[1], unit
+        self._attraction = neighbours.Attraction(tuple(weights.shape))
         self._heard = torch.zeros_like(self.weights)  # the largest gradient of each weight
         self.count()
 
@@ -79,7 +81,11 @@ class RatedCode:
         """Count the model of the bits anew from the present levels. Weights beyond the grid come back to its ends."""
         bound = (self.top + 0.49) * self.step
         torch.clamp(self.weights, -bound, bound, out=self.weights.data)
-        self.odds, self.rises = model_of(self.levels(), self.top)
+        levels = self.levels()
+        (row, column), self.rises = model_of(levels, self.top)
+        self.odds = row + column
+        if min(self.odds.shape) > 1:
+            self.odds = self._attraction.odds(levels.abs_().clamp_(max=1).flatten(1), self.odds)
 
     @torch.no_grad()
     def charge(self, price: float, anew: bool = True) -> None:
@@ -211,13 +217,13 @@ def bits_of(levels: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tenso
     return told + excess(rises)[size]
 
 
-def slopes(u: Tensor, odds: tuple[Tensor, Tensor], rises: Tensor) -> Tensor:
-    """dR/du, of u's shape; R is linear between levels."""
+def slopes(u: Tensor, odds: Tensor, rises: Tensor) -> Tensor:
+    """dR/du, of u's shape, under the log odds of u as a matrix, (r, c); R is linear between levels."""
     flat = u.flatten(1) if u.dim() > 1 else u.unsqueeze(0)
     size = flat.abs()
     level = size.clamp(max=len(rises) - 1).int()
     slope = rises.index_select(0, level.flatten()).view(size.shape)
-    slope.sub_(torch.ops.aten.hardtanh_backward(odds[0] + odds[1], size, -1.0, 1.0))  # the odds, where size < 1
+    slope.sub_(torch.ops.aten.hardtanh_backward(odds, size, -1.0, 1.0))  # the odds, where size < 1
     return slope.mul_(flat.sign()).view_as(u)
 
 
