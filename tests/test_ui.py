@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from headless import browser  # noqa: F401
 from test_tracking import run_live, synthetic_study, with_test_metrics
 
 from autocompress import report
@@ -87,38 +87,6 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in text.stdout.split()]
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Headless Chromium; where it is missing the test fails under CI and is skipped elsewhere."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        reason = "chromium and chromedriver are needed: apt-get install chromium chromium-driver"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "disable-dev-shm-usage",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1800,1250",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{flag}")
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield window
-    window.quit()
-
-
 SCATTERS = """
 return [...document.querySelectorAll('.js-plotly-plot')]
     .filter(plot => plot.data && plot.data.some(trace => (trace.type || 'scatter').startsWith('scatter')))
@@ -126,7 +94,7 @@ return [...document.querySelectorAll('.js-plotly-plot')]
 """
 
 
-def scatter_points(browser: Any) -> list[set[tuple[float, float]]]:
+def scatter_points(browser: Any) -> list[set[tuple[float, float]]]:  # noqa: F811
     """The points of each scatter on the page, once one of them has some."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -138,7 +106,7 @@ def scatter_points(browser: Any) -> list[set[tuple[float, float]]]:
     pytest.fail(f"no scatter within {PATIENCE_S} s; the page says: {browser.title!r}")
 
 
-def test_the_link_opens_on_a_scatter_with_the_trials(browser: Any, link: str, tmp_path: Path) -> None:
+def test_the_link_opens_on_a_scatter_with_the_trials(browser: Any, link: str, tmp_path: Path) -> None:  # noqa: F811
     assert link.startswith("http://127.0.0.1:")
     browser.get(link)
     scatter_points(browser)
