@@ -2,9 +2,12 @@
 
 import ast
 import contextlib
+import getpass
 import hashlib
+import importlib
 import io
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -14,6 +17,7 @@ import tempfile
 import time
 import tomllib
 import urllib.request
+import zipfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -35,7 +39,7 @@ from autocompress.tasks import nets
 from autocompress.tasks.folders import cache_root
 from autocompress.tasks.resnet import Residual
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +261,40 @@ def test_archive_without_autocompress(exports, printed, tmp_path):
     first, _ = lines("Archive without autocompress")
     subprocess.run([sys.executable, *first[1:]], cwd=tmp_path, check=True, timeout=RUN_S)
     check(printed(file), exports, "linear")
+
+
+def test_files_need_nothing_of_ours(exports, printed, tmp_path, monkeypatch):
+    """A residual net's classes are ours: its files run where they cannot be imported."""
+    files = {}
+    for fmt, heading in (("onnx", "onnxruntime in Python"), ("torch", "torch")):
+        (tmp_path / fmt).mkdir()
+        files[heading] = place(exports, "residual", fmt, heading, tmp_path / fmt)
+    shutil.copytree(tmp_path / "torch" / "deploy", tmp_path / "torch" / "trusted")
+    wanted = exports.outputs("residual")
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "autocompress"]:
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError):
+            importlib.import_module("autocompress.tasks.resnet")
+        told = [printed(file) for file in files.values()]
+    for text in told:
+        for line, right in zip(text.splitlines(), wanted, strict=True):
+            np.testing.assert_allclose(json.loads(line), right, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["digits", "residual"])
+def test_files_name_nothing_of_this_machine(name, exports):
+    leaks = {str(Path.home()), str(ROOT), str(exports.root), sys.prefix, "site-packages"}
+    leaks |= {name for name in (getpass.getuser(), platform.node()) if len(name) > 4}  # "root", "vm" are words of torch
+    for fmt in ("onnx", "torch", "archive"):
+        for file in exports.folder(name, fmt).iterdir():
+            held = [file.read_bytes()]
+            if file.suffix == ".pt2":
+                with zipfile.ZipFile(file) as parts:
+                    held += [parts.read(part) for part in parts.namelist()]
+            for leak in leaks:
+                assert not any(leak.encode() in data for data in held), (file.name, leak)
+    onnx.checker.check_model(onnx.load(exports.folder(name, "onnx") / "model.onnx"), full_check=True)
 
 
 # ---------------------------------------------------------------------- in environments of their own
