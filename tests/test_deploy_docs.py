@@ -25,9 +25,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from headless import browser, missing  # noqa: F401
+from headless import browser, free_port, missing  # noqa: F401 (one is a fixture)
 from test_deploy import FACTS, SMALL, compressed, make_task
-from test_ui import free_port
 from torch import nn
 
 from autocompress import cli

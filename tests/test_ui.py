@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headless import browser  # noqa: F401
+from headless import browser, free_port  # noqa: F401 (one is a fixture)
 from test_tracking import run_live, synthetic_study, with_test_metrics
 
 from autocompress import report
@@ -36,13 +35,6 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def processes_of_group(group: int) -> list[int]:
