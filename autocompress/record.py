@@ -6,6 +6,7 @@ Read from the Optuna study by `search.study`, shown by `tracking`, `report` and 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -261,6 +262,14 @@ def without_password(uri: str) -> str:
     """The URI without a user name and password."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def without_folders(command: str) -> str:
+    """Our command line with files and addresses named by their last part: no folder of a machine, no host."""
+    if not command.startswith("autocompress "):
+        return command  # a call from Python
+    words = [word.partition("=") if word.startswith("-") else ("", "", word) for word in shlex.split(command)]
+    return shlex.join(f"{option}{sign}{value.rstrip('/').rpartition('/')[2]}" for option, sign, value in words)
 
 
 def parse_drop(text: str | float) -> tuple[float, bool]:

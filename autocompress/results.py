@@ -14,7 +14,7 @@ from autocompress.errors import ArtifactError, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.origins import load_origin
 from autocompress.plan import Plan
-from autocompress.record import StudyRecord, TrialRecord, parse_size
+from autocompress.record import StudyRecord, TrialRecord, parse_size, without_folders
 from autocompress.search.study import StudyStore
 from autocompress.tasks.task import Task
 
@@ -73,7 +73,7 @@ class Point:
             "metric_test": self.metric_test,
             "baseline": base,
             "seed": record.seed,
-            "command": record.command,
+            "command": without_folders(record.command),
             "versions": dict(record.versions),
         }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from local_search import local, one_thread, run_here, write_task  # noqa: F401 (
 
 import autocompress
 from autocompress import cli
+from autocompress.codec import container
+from autocompress.codec.tensors import Coded
 from autocompress.folders import Records
 from autocompress.search.study import StudyStore
 
@@ -379,6 +382,40 @@ def test_an_artifact_that_was_damaged_is_not_exported(study, done, fail):
         1, "export", "mine", "--pick", f"trial={shown['front'][0]['trial']}", "--format", "archive", "-o", "out"
     )
     assert path.name in line
+
+
+def test_exports_that_fail_leave_nothing(study, done, fail, monkeypatch):
+    """A damaged artifact, a folder that cannot be written, a weight that is not the artifact's."""
+    shown = json.loads(done("front", "--json"))
+    path = study / "autocompress_runs" / shown["front"][0]["artifact"]
+    arguments = ("export", "mine", "--pick", f"trial={shown['front'][0]['trial']}", "-o")
+    before = {file for file in study.rglob("*") if "autocompress_runs" not in file.parts}
+    assert "cannot write to folder '/proc/1/out'" in fail(1, *arguments, "/proc/1/out", "--format", "archive")
+    whole = container.unpack(path.read_bytes())
+    name = next(name for name, tensor in whole.tensors.items() if isinstance(tensor, Coded))
+    whole.tensors[name].table[0] += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", lambda _, target: Path(target).write_bytes(container.pack(whole)))
+        line = fail(1, *arguments, "out/deep", "--format", "archive")
+    assert "model.acz does not compute what the artifact does" in line
+    path.write_bytes(path.read_bytes()[:-9])
+    for fmt in ("onnx", "torch", "archive"):
+        assert path.name in fail(1, *arguments, "out", "--format", fmt)
+    assert {file for file in study.rglob("*") if "autocompress_runs" not in file.parts} == before
+
+
+def test_a_manifest_names_no_folder_of_this_machine(work, local, done, monkeypatch):  # noqa: F811
+    asked = [*search("--trials", "1", "--space", "quantize_only"), f"--dir={work}/my runs", "--tracking-uri"]
+    asked += [f"sqlite:///{work}/m.db"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/autocompress", *asked])
+    done(*asked)
+    done("export", "--dir", f"{work}/my runs", "--pick", "best", "--format", "archive", "-o", "out")
+    text = (work / "out" / "manifest.json").read_text()
+    command = json.loads(text)["recorded"]["command"]
+    wanted = "autocompress search waves.py:task --finetune-epochs 1 --trials 1 --space quantize_only"
+    assert command == f"{wanted} '--dir=my runs' --tracking-uri m.db"
+    for leak in (str(work), str(Path.home()), sys.prefix):
+        assert leak not in text
 
 
 def test_a_damaged_study_is_told(study, fail):

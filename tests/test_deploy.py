@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -493,15 +494,63 @@ def test_bad_calls_are_one_clear_line(smoke, tmp_path):
         export(artifact, task, "tflite", tmp_path, FACTS)
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match=f"cannot write to folder '{out}'"):
+        with pytest.raises(ExportError, match=f"cannot write to folder '{out}'"):
             export(artifact, task, "archive", out, FACTS)
-    with pytest.raises(UsageError, match="cannot write to folder '/proc/autocompress'"):
+    with pytest.raises(ExportError, match="cannot write to folder '/proc/autocompress'"):
         export(artifact, task, "archive", Path("/proc/autocompress"), FACTS)
     broken = tmp_path / "broken.acz"
     broken.write_bytes(artifact.read_bytes()[:-3])
     with pytest.raises(ArtifactError, match="truncated"):
         export(broken, task, "archive", tmp_path / "out", FACTS)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "broken.acz"}
+
+
+@pytest.mark.parametrize("name", ["model.acz", "manifest.json"])
+def test_a_folder_in_the_way_is_left_alone(name, smoke, tmp_path):
+    task, artifact, _, _ = smoke
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=f"cannot write to folder '{tmp_path}': its {name} is a folder"):
+        export(artifact, task, "archive", tmp_path, FACTS)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [name, f"{name}/notes.txt"]
+
+
+def pair(folder):
+    """A manifest, after it was compared with the file that it names."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["sha256"] == hashlib.sha256((folder / manifest["file"]).read_bytes()).hexdigest()
+    return manifest
+
+
+def test_a_manifest_is_replaced_with_its_file(smoke, monkeypatch, tmp_path):
+    """Of another export of ours first, then where the disk fails at each move."""
+    task, artifact, _, _ = smoke
+    other = compressed(task, LayerPlan(bits=3), tmp_path)
+    out = tmp_path / "out"
+    export(other, task, "archive", out, {"mine": 1})
+    (out / "notes.txt").write_text("mine")
+    real, moves = os.replace, []
+
+    def fails(source, target):
+        if Path(target) == out / failing and Path(source).parent != out and len(moves) < 1:
+            moves.append(target)
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    failing = "model.acz"
+    with pytest.raises(ExportError, match="No space left on device"):
+        export(artifact, task, "archive", out, {"mine": 2})
+    assert pair(out)["recorded"] == {"mine": 1}
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "model.acz", "notes.txt"]
+    moves.clear()
+    failing = "manifest.json"
+    with pytest.raises(ExportError, match="No space left on device"):
+        export(artifact, task, "archive", out, {"mine": 2})
+    assert sorted(path.name for path in out.iterdir()) == ["model.acz", "notes.txt"]  # the new file has no false one
+    export(artifact, task, "archive", out, {"mine": 2})
+    assert pair(out)["recorded"] == {"mine": 2}
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------- archive

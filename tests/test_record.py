@@ -8,7 +8,7 @@ import pytest
 
 from autocompress.errors import UsageError
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
-from autocompress.record import StudyRecord, TrialRecord, name_points, parse_drop, parse_size
+from autocompress.record import StudyRecord, TrialRecord, name_points, parse_drop, parse_size, without_folders
 
 FC = LayerSpec("fc", "linear", (10, 100), 1000)
 
@@ -186,3 +186,18 @@ def test_the_front_as_json_keeps_the_contract():
     empty = study().to_front_json()
     assert empty["baseline"] == {"size_bytes": 4096, "metric_val": None, "metric_test": None}
     assert empty["front"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("autocompress search digits --max-drop 1%", "autocompress search digits --max-drop 1%"),
+        ("autocompress search /home/me/my.py:task", "autocompress search my.py:task"),
+        ("autocompress search digits --dir=../me/runs/", "autocompress search digits --dir=runs"),
+        ("autocompress search '~/a b/my.py'", "autocompress search my.py"),
+        ("autocompress search digits --tracking-uri http://host:5000/m", "autocompress search digits --tracking-uri m"),
+        ("autocompress.search('it/s')", "autocompress.search('it/s')"),
+    ],
+)
+def test_a_command_is_told_without_folders(command, told):
+    assert without_folders(command) == told

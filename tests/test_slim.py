@@ -211,13 +211,13 @@ class Odd(nn.Module):
 
     def __init__(self, what):
         super().__init__()
-        self.a, self.b, self.what = nn.Linear(6, 6), nn.Linear(12 if what == "cat" else 6, 2), what
+        self.a, self.b, self.what = nn.Linear(6, 6), nn.Linear(6, 2), what
         self.norm = nn.LayerNorm(6)
 
     def forward(self, x):
         y = self.a(x)
-        if self.what == "cat":
-            y = torch.cat([y, x], 1)
+        if self.what == "batches":
+            y = torch.cat([y, x], 0)
         elif self.what == "softmax":
             y = y.softmax(1)
         elif self.what == "norm":
@@ -233,7 +233,7 @@ class Odd(nn.Module):
         return self.b(y)
 
 
-@pytest.mark.parametrize("what", ["cat", "softmax", "norm", "roll", "changed"])
+@pytest.mark.parametrize("what", ["batches", "softmax", "norm", "roll", "changed"])
 def test_what_is_not_understood_keeps_its_units(what):
     net = Odd(what)
     kill(net.a, rows=[0, 1])
@@ -248,6 +248,102 @@ def test_outputs_keep_their_units():
     x = torch.randn(3, 6)
     assert cut.units == 0
     assert torch.equal(small(x)[1], net(x)[1])
+
+
+def test_a_layer_along_another_axis_reads_all_units():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Linear(6, 5))
+    kill(net[2], columns=[1])
+    cut = checked(net, IMAGES)
+    assert cut.shapes == {"0.weight": ((4, 3, 3, 3), (3, 3, 3, 3)), "2.weight": ((4, 4, 1, 1), (4, 3, 1, 1))}
+
+
+class Joined(nn.Module):
+    """Two layers' units and the input's side by side, normalised and read by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 5, 1)
+        self.norm, self.c = nn.BatchNorm2d(12), nn.Conv2d(12, 6, 1)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.norm(torch.cat([self.a(x), self.b(x), x], dim=1))))
+
+
+def test_a_concatenation_loses_what_its_parts_lose():
+    net = trained_like(Joined())
+    kill(net.a, rows=[1, 2], bias=0.7)  # constants, read
+    kill(net.c, columns=[6, 10])  # unit 2 of b, and one of the input's, which stays
+    cut = checked(net, IMAGES)
+    assert (cut.units, cut.of_units) == (3, 9)  # the output's six are fixed
+    assert cut.shapes["a.weight"][1][0] == 2
+    assert cut.shapes["b.weight"][1][0] == 4
+    assert cut.shapes["c.weight"] == ((6, 12, 1, 1), (6, 9, 1, 1))
+
+
+class Dense(nn.Module):
+    """As in DenseNet: each layer reads all before it; the last concatenation is added to a layer, flattened, read."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)
+        self.d, self.head = nn.Conv2d(12, 12, 1), nn.Linear(12 * 64, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = torch.cat([x, torch.relu(self.b(x))], 1)
+        x = torch.cat([x, torch.relu(self.c(x))], 1)
+        return self.head((x + torch.relu(self.d(x))).flatten(1))
+
+
+def test_concatenations_of_concatenations_lose_a_unit_together():
+    net = trained_like(Dense())
+    for layer, rows in ((net.a, [1]), (net.c, [0, 3]), (net.d, [1, 2, 8])):
+        kill(layer, rows=rows, bias=-1.0)  # relu makes a zero of it
+    cut = checked(net, IMAGES)
+    assert cut.shapes["a.weight"][1] == (3, 3, 3, 3)  # unit 1 of the sum; 2 lives on in a
+    assert cut.shapes["b.weight"][1] == (4, 3, 1, 1)
+    assert cut.shapes["c.weight"][1] == (3, 7, 1, 1)  # unit 8 of the sum; 11 lives on in d
+    assert cut.shapes["d.weight"][1] == (10, 10, 1, 1)
+    assert cut.shapes["head.weight"][1] == (5, 640)
+
+
+class Mixed(nn.Module):
+    """Features flattened from places beside features of a linear layer, in a sum of concatenations; an axis mixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.side = nn.Conv2d(3, 4, 3, stride=4), nn.Linear(192, 6)
+        self.head, self.odd = nn.Linear(22, 3), nn.Linear(6, 22)
+
+    def forward(self, x):
+        side = torch.relu(self.side(x.flatten(1)))
+        y = torch.cat((torch.relu(self.conv(x)).flatten(1), side), -1)
+        return self.head(y * torch.sigmoid(self.odd(side)))
+
+
+def test_units_of_several_indices_beside_single_ones():
+    net = Mixed()
+    kill(net.conv, rows=[2], bias=-1.0)
+    kill(net.head, columns=[0, 1, 2, 3, 4, 20])  # all of unit 0, one of unit 1; unit 4 of side, which odd reads
+    kill(net.odd, columns=[4])
+    cut = checked(net, IMAGES)
+    assert cut.shapes["conv.weight"][1][0] == 2
+    assert cut.shapes["side.weight"] == ((6, 192), (5, 192))
+    assert cut.shapes["head.weight"] == ((3, 22), (3, 13))
+    assert cut.shapes["odd.weight"] == ((22, 6), (13, 5))
+
+
+@settings(max_examples=12, deadline=None)
+@given(dead=st.floats(0, 0.95), seed=st.integers(0, 10_000), kind=st.sampled_from([Joined, Dense, Mixed]))
+def test_any_sparse_concatenation(dead, seed, kind):
+    net = trained_like(kind(), seed)
+    with torch.no_grad():
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.weight.mul_(torch.rand_like(layer.weight) > dead)
+                layer.weight[torch.rand(len(layer.weight)) < dead / 2] = 0
+                layer.bias.mul_(torch.rand_like(layer.bias) > 0.5)
+    checked(net, IMAGES)
 
 
 class Shared(nn.Module):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from headless import browser, free_port  # noqa: F401 (one is a fixture)
 from test_tracking import run_live, synthetic_study, with_test_metrics
 
 from autocompress import report
@@ -36,13 +35,6 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def processes_of_group(group: int) -> list[int]:
@@ -87,38 +79,6 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in text.stdout.split()]
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Headless Chromium; where it is missing the test fails under CI and is skipped elsewhere."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        reason = "chromium and chromedriver are needed: apt-get install chromium chromium-driver"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "disable-dev-shm-usage",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "window-size=1800,1250",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(f"--{flag}")
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield window
-    window.quit()
-
-
 SCATTERS = """
 return [...document.querySelectorAll('.js-plotly-plot')]
     .filter(plot => plot.data && plot.data.some(trace => (trace.type || 'scatter').startsWith('scatter')))
@@ -126,7 +86,7 @@ return [...document.querySelectorAll('.js-plotly-plot')]
 """
 
 
-def scatter_points(browser: Any) -> list[set[tuple[float, float]]]:
+def scatter_points(browser: Any) -> list[set[tuple[float, float]]]:  # noqa: F811
     """The points of each scatter on the page, once one of them has some."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
@@ -138,7 +98,7 @@ def scatter_points(browser: Any) -> list[set[tuple[float, float]]]:
     pytest.fail(f"no scatter within {PATIENCE_S} s; the page says: {browser.title!r}")
 
 
-def test_the_link_opens_on_a_scatter_with_the_trials(browser: Any, link: str, tmp_path: Path) -> None:
+def test_the_link_opens_on_a_scatter_with_the_trials(browser: Any, link: str, tmp_path: Path) -> None:  # noqa: F811
     assert link.startswith("http://127.0.0.1:")
     browser.get(link)
     scatter_points(browser)

@@ -2,7 +2,8 @@
 
 A unit is an index along one axis of a tensor, a neuron or a channel. One that nobody reads can go; so can one that
 has the same value for every input, once that value stands in its readers' biases. Tensors that share their units, the
-two sides of a sum or a layer's input and a normalisation's, lose them together.
+two sides of a sum or a layer's input and a normalisation's, lose them together; a concatenation along the axis of the
+units loses what its parts lose.
 
 The graph is one of `torch.export`. Constants go forward through it, reads go backward. What is not understood keeps
 all its units: an operator with no rule here reads everything and gives nothing that could go.
@@ -35,6 +36,7 @@ AVERAGES = frozenset(("avg_pool1d", "avg_pool2d", "avg_pool3d"))
 """The same, where no padding counts as zeros."""
 ADAPTIVE = frozenset(f"adaptive_{kind}_pool{rank}d" for kind in ("avg", "max") for rank in (1, 2, 3))
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
+JOINS = frozenset(("cat", "concat", "concatenate"))
 RESHAPES = frozenset(("flatten", "view", "reshape", "squeeze", "unsqueeze"))
 
 
@@ -89,6 +91,28 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where the units of a tensor stand in those of a concatenation: `repeat` of these for each, from `start` on."""
+
+    whole: Space
+    start: int
+    units: Space
+    repeat: int
+
+    def read(self, whole: Tensor) -> Tensor:
+        """The part's own indices, out of one flag for each of the concatenation."""
+        return whole[self.start : self.start + self.units.size * self.repeat]
+
+    def agree(self) -> bool:
+        """Keep on both sides what stays on one; whether that changed anything."""
+        units, place = self.units.root().keep, self.read(self.whole.root().keep).view(-1, self.repeat)
+        before = int(units.sum() + place.sum())
+        units |= place.any(1)
+        place |= units[:, None]
+        return int(units.sum() + place.sum()) > before
+
+
+@dataclass(frozen=True)
 class Layer:
     """A linear layer or a convolution: what it reads, and how its weight's axes follow its tensors' units."""
 
@@ -135,16 +159,24 @@ class Layer:
 
 @dataclass
 class Analysis:
-    """The values of a graph's nodes, and its layers, in the graph's order."""
+    """The values of a graph's nodes, its layers and its concatenations, in the graph's order."""
 
     values: dict[fx.Node, Value]
     layers: dict[fx.Node, Layer]
     tensors: dict[fx.Node, Tensor]
+    parts: dict[fx.Node, list[Part]] = field(default_factory=dict)
 
     def spaces(self) -> Iterator[Space]:
         """Each independent space once."""
-        every = [*self.values.values(), *(layer.inputs for layer in self.layers.values())]
-        yield from {id(root): root for root in (value.space.root() for value in every)}.values()
+        every = [value.space for value in (*self.values.values(), *(layer.inputs for layer in self.layers.values()))]
+        every += [part.units for parts in self.parts.values() for part in parts]
+        yield from {id(root): root for root in (space.root() for space in every)}.values()
+
+    def own(self) -> list[Space]:
+        """The independent spaces but for those whose units are all of others, side by side."""
+        made = {id(layer.outputs.space.root()) for layer in self.layers.values()}
+        joint = {id(part.whole.root()) for parts in self.parts.values() for part in parts} - made
+        return [space for space in self.spaces() if id(space) not in joint]
 
 
 def operator(node: fx.Node) -> str:
@@ -174,6 +206,9 @@ def analysed(graph: fx.Graph, tensors: dict[fx.Node, Tensor]) -> Analysis:
         if space.fixed or not space.keep.any():
             space.keep[:] = space.fixed
             space.keep[0] = True
+    parts = [part for parts in found.parts.values() for part in parts]
+    while any(part.agree() for part in parts):
+        pass  # what one concatenation keeps another may hand on
     return found
 
 
@@ -193,6 +228,8 @@ def _forward(found: Analysis, node: fx.Node) -> None:
         rule = _mean
     elif name in RESHAPES:
         rule = _reshaped
+    elif name in JOINS:
+        rule = _concatenated
     value = rule(found, node) if rule is not None else None
     if value is not None:
         found.values[node] = value
@@ -338,6 +375,30 @@ def _mean(found: Analysis, node: fx.Node) -> Value | None:
     return Value(source.space, axis, source.repeat, source.constant)
 
 
+def _concatenated(found: Analysis, node: fx.Node) -> Value | None:
+    """Units side by side; a tensor of which nothing is known keeps all of its own."""
+    sources: Any = node.args[0]
+    axis = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(_shape(node))  # type: ignore[arg-type]
+    lengths = [_shape(source)[axis] for source in sources]
+    if axis == 0 or not all(isinstance(length, int) for length in lengths):
+        return None
+    known = [found.values.get(source) for source in sources]
+    if not any(value is not None and value.axis == axis for value in known):
+        return None
+    whole, start, constants = Space(sum(lengths)), 0, []
+    parts = found.parts.setdefault(node, [])
+    for value, length in zip(known, lengths, strict=True):
+        given = value
+        if given is None or given.axis != axis:
+            if given is not None:
+                given.space.fix()
+            given = Value(Space(length, fixed=True), axis)
+        parts.append(Part(whole, start, given.space, given.repeat))
+        constants.append(given.constant)
+        start += length
+    return Value(whole, axis, 1, torch.cat(constants))
+
+
 def _reshaped(found: Analysis, node: fx.Node) -> Value | None:
     """(b, c, ...) to (b, c * ...), and what only adds or takes axes of one."""
     source = found.values.get(node.args[0])  # type: ignore[arg-type]
@@ -372,6 +433,17 @@ def _backward(found: Analysis, node: fx.Node) -> None:
     layer = found.layers.get(node)
     if layer is not None:
         layer.inputs.read |= layer.needs()
+        given = found.values.get(layer.node.args[0])  # type: ignore[arg-type]
+        if given is not None and given is not layer.inputs:  # read along another axis
+            given.read[:] = True
+        return
+    if value is not None and node in found.parts:
+        for source, part in zip(node.args[0], found.parts[node], strict=True):  # type: ignore[arg-type]
+            given = found.values.get(source)
+            if given is not None and given.space is part.units:
+                given.read |= part.read(value.read)
+            elif given is not None:
+                given.read[:] = True
         return
     for source in node.all_input_nodes:
         given = found.values.get(source)

@@ -47,8 +47,8 @@ def export(
     The file is made from `artifact` alone (`task.model` gives the architecture) and compared with it on the whole
     of `task.test` before anything appears in `out`; other files there are left alone. `facts` (plain JSON) go into
     the manifest as "recorded". `effort` codes an archive anew.
-    Raises ExportError where the export fails or does not do what the artifact does,
-    UsageError for an unknown format or a folder that cannot be written, ArtifactError for a damaged artifact.
+    Raises ExportError where the export fails, does not do what the artifact does or cannot be written,
+    UsageError for an unknown format, ArtifactError for a damaged artifact.
     """
     if fmt not in FILES:
         raise UsageError(f"unknown export format {fmt!r}; allowed: {', '.join(FILES)}")
@@ -305,7 +305,7 @@ def _staging(out: Path) -> Iterator[Path]:
             raise NotADirectoryError(0, f"{base} is a file")
         folder = Path(tempfile.mkdtemp(prefix=".autocompress-", dir=base))
     except OSError as error:
-        raise UsageError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
+        raise ExportError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
     try:
         yield folder
     except OSError as error:
@@ -316,13 +316,23 @@ def _staging(out: Path) -> Iterator[Path]:
 
 def _publish(folder: Path, out: Path, name: str) -> None:
     """Moves the file and the manifest to `out`; at no time does a manifest there speak of another file."""
+    manifest, old = out / "manifest.json", folder / "old.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "manifest.json").unlink(missing_ok=True)
-        os.replace(folder / name, out / name)
-        os.replace(folder / "manifest.json", out / "manifest.json")
+        for path in (out / name, manifest):
+            if path.is_dir():
+                raise IsADirectoryError(0, f"its {path.name} is a folder")
+        if manifest.exists():
+            os.replace(manifest, old)
+        try:
+            os.replace(folder / name, out / name)
+        except OSError:
+            if old.exists():
+                os.replace(old, manifest)
+            raise
+        os.replace(folder / "manifest.json", manifest)
     except OSError as error:
-        raise UsageError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
+        raise ExportError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
 
 
 def _sha256(path: Path) -> str:

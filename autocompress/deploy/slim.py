@@ -73,7 +73,7 @@ def slimmed(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> tup
     _named_as_before(graph_module)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    sizes = [(space.size, int(space.keep.sum())) for space in found.spaces() if not space.fixed]
+    sizes = [(space.size, int(space.keep.sum())) for space in found.own() if not space.fixed]
     gone = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     return graph_module, Cut(sum(a - b for a, b in sizes), sum(a for a, _ in sizes), macs[0], macs[1], gone)
 
