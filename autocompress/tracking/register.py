@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import shutil
@@ -143,6 +144,8 @@ def _version(
         with contextlib.suppress(Exception):
             client.delete_logged_model(model.model_id)
         raise
+    link = [{"name": name, "version": made.version}]  # the store's own, which only a server writes by itself
+    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(link)})
     return str(made.version)
 
 
