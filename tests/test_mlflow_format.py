@@ -90,6 +90,7 @@ def test_mlflow_gives_what_the_artifact_gives(made):
         np.testing.assert_allclose(model.predict(task.test[0][:count].numpy())["output"], wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_inputs_go_by_name(tmp_path):
     from mlflow import pyfunc
 
@@ -190,12 +191,12 @@ def test_a_registered_model_is_of_its_trial_and_holds_the_verified_files(made, s
     }
     assert model_tags(manifest) == wanted
     assert wanted.items() <= found.tags.items()
-    model = client.get_logged_model(run.outputs.model_outputs[-1].model_id)
+    models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
+    (model,) = [model for model in models if model.artifact_location == found.source]
     assert wanted.items() <= model.tags.items()
     assert str(model.status) == "READY"
     assert model.source_run_id == found.run_id
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "net", "version": found.version}]
-    assert found.source == model.artifact_location
     held = Path(download_artifacts(model.artifact_location))
     for name in (*FILES, "manifest.json"):
         assert (held / name).read_bytes() == (out / name).read_bytes()
@@ -241,8 +242,10 @@ def test_a_store_that_is_away_or_does_not_know_the_study(made, store, monkeypatc
     assert "\n" not in str(caught.value)
 
 
-def test_on_the_command_line(study, done, fail):  # noqa: F811
-    export_it = ("export", "mine", "-o", "out")
+EXPORT = ("export", "mine", "-o", "out")
+
+
+def test_mistakes_on_the_command_line(study, fail):  # noqa: F811
     for more, words in (
         (("--register", "net"), "register is 'net' and the format 'onnx': only the format mlflow can be registered"),
         (("--alias", "champion", "--format", "torch"), "alias is 'champion' and the format 'torch': only the format"),
@@ -250,13 +253,22 @@ def test_on_the_command_line(study, done, fail):  # noqa: F811
         (("--format", "mlflow", "--register", "a/b"), "register is 'a/b', allowed: up to 255 letters"),
         (("--format", "mlflow", "--register", "net"), "study 'mine' is not in MLflow yet: run autocompress sync mine"),
     ):
-        assert words in fail(2, *export_it, *more)
+        assert words in fail(2, *EXPORT, *more)
     assert not (study / "out").exists()
     assert "cannot write to folder '/proc/out'" in fail(2, "export", "mine", "--format", "mlflow", "-o", "/proc/out")
+
+
+@pytest.mark.slow
+def test_registered_on_the_command_line(study, done, fail, monkeypatch):  # noqa: F811
     done("sync", "mine")
-    text = done(*export_it, "--format", "mlflow", "--register", "net", "--alias", "champion")
+    text = done(*EXPORT, "--format", "mlflow", "--register", "net", "--alias", "champion")
     assert "registered  net version 1" in text
     assert re.search(r"MLFLOW_TRACKING_URI=sqlite:\S+ mlflow models serve -m models:/net@champion --env-manager", text)
+    manifest = json.loads((study / "out" / "manifest.json").read_text())
+    assert manifest["recorded"]["study"] == "mine"
+    assert "registered" not in manifest
+    (study / "autocompress_runs" / "mlflow.db").write_bytes(b"gone" * 500)
+    assert "MLflow at sqlite" in fail(1, *EXPORT, "--format", "mlflow", "--register", "net")
 
 
 # serving
