@@ -119,18 +119,21 @@ def _parser() -> argparse.ArgumentParser:
     get.add_argument("name", metavar="NAME", help="mnist or fashion-mnist")
     get.set_defaults(run=_data_get)
     _data_option(get)
-    export = add("export", _export, "Write a plan of the front to a deployment.", _study_argument, _goal_options)
-    export.add_argument(
-        "--pick",
-        default=None,
-        metavar="WHICH",
-        help="knee, smallest, best or trial=N (limits: smallest, else knee)",
-    )
-    export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx or torch (onnx)")
-    _effort_option(export, None, "code an archive anew")
-    export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
+    text = "Write a plan of the front to a deployment."
+    add("export", _export, text, _study_argument, _goal_options, _export_options)
     add("bench", _bench, "Measure the front's latency in onnxruntime.", _study_argument, _bench_options)
     return parser
+
+
+def _export_options(command: argparse.ArgumentParser) -> None:
+    known = "knee, smallest, best or trial=N (limits: smallest, else knee)"
+    command.add_argument("--pick", default=None, metavar="WHICH", help=known)
+    known = "archive, onnx, torch, executorch, executorch-int8 or mlflow (onnx)"
+    command.add_argument("--format", default="onnx", metavar="FORMAT", help=known)
+    _effort_option(command, None, "code an archive anew")
+    command.add_argument("--register", metavar="NAME", help="register the MLflow model (--format mlflow) as NAME")
+    command.add_argument("--alias", metavar="ALIAS", help="let an alias such as champion point to what is registered")
+    command.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
 
 
 def _bench_options(command: argparse.ArgumentParser) -> None:
@@ -500,7 +503,9 @@ def _export(options: argparse.Namespace) -> int:
     if options.pick is None and not (options.max_drop or options.max_size):
         choice = "knee"
     trial = pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
-    manifest = study.point(trial).export(options.out, format=options.format, effort=options.effort)
+    manifest = study.point(trial).export(
+        options.out, format=options.format, effort=options.effort, register=options.register, alias=options.alias
+    )
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
     if cut := manifest.get("cut", {}).get("dead_units"):
@@ -510,6 +515,10 @@ def _export(options: argparse.Namespace) -> int:
         f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
         f"artifact on the test set; {out / 'manifest.json'} says how"
     )
+    if found := manifest.get("registered"):
+        print(f"registered  {found['name']} version {found['version']}; serve it with:")
+        uri = shlex.quote(found["tracking_uri"])
+        print(f"MLFLOW_TRACKING_URI={uri} mlflow models serve -m {shlex.quote(found['uri'])} --env-manager local")
     return 0
 
 

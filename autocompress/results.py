@@ -14,7 +14,7 @@ from autocompress.errors import ArtifactError, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.origins import load_origin
 from autocompress.plan import Plan
-from autocompress.record import StudyRecord, TrialRecord, parse_size, without_folders
+from autocompress.record import StudyRecord, TrialRecord, parse_size, without_folders, without_password
 from autocompress.search.study import StudyStore
 from autocompress.tasks.task import Task
 
@@ -45,16 +45,50 @@ class Point:
         task = self._study.task
         return load(self.artifact, model=None if task is None else task.model)
 
-    def export(self, out: str | Path, format: str = "onnx", effort: str | None = None) -> dict[str, Any]:
-        """Write and verify a deployment ("onnx", "torch" or "archive") in the folder; its manifest.
+    def export(
+        self,
+        out: str | Path,
+        format: str = "onnx",
+        effort: str | None = None,
+        *,
+        register: str | None = None,
+        alias: str | None = None,
+    ) -> dict[str, Any]:
+        """Write and verify a deployment, of a format of `deploy.export.FILES`, in the folder; its manifest.
 
         `effort` codes an archive anew ("auto", "fast", "max" or "huffman"); without it the archive
-        is the trial's own file. Raises ExportError where it cannot be made or does not give the artifact's results.
+        is the trial's own file. `register` logs the folder of the format "mlflow" to the study's tracking store and
+        makes it the next version of the registered model of that name, `alias` points to it then; what came of it
+        is in the manifest as "registered". Raises ExportError where the deployment cannot be made or does not give
+        the artifact's results, TrackingError where it cannot be registered; what was written stays.
         """
         from autocompress.deploy.export import export
 
+        uri = self._registry(format, register, alias)
         self.check_file()
-        return export(self.artifact, self._study.required_task(), format, Path(out), self._facts(), effort=effort)
+        manifest = export(self.artifact, self._study.required_task(), format, Path(out), self._facts(), effort=effort)
+        if register is None or uri is None:
+            return manifest
+        from autocompress.tracking import register as registry
+
+        found = registry.register(self._study.record, uri, Path(out), manifest, name=register, alias=alias)
+        told = {"name": found.name, "version": found.version, "alias": found.alias, "uri": found.uri}
+        return manifest | {"registered": told | {"tracking_uri": without_password(uri)}}
+
+    def _registry(self, format: str, register: str | None, alias: str | None) -> str | None:
+        """The store to register in. Raises UsageError for names and formats that do not go together."""
+        if register is None and alias is None:
+            return None
+        from autocompress.tracking.register import check_names
+
+        if format != "mlflow":
+            what, value = ("register", register) if register is not None else ("alias", alias)
+            raise UsageError(f"{what} is {value!r} and the format {format!r}: only the format mlflow can be registered")
+        check_names(register, alias)
+        record = self._study.record
+        if record.tracking_uri is None:
+            raise UsageError(f"study {record.study!r} is not in MLflow yet: run autocompress sync {record.study}")
+        return record.tracking_uri
 
     def _facts(self) -> dict[str, Any]:
         """What a manifest says of where the file came from."""

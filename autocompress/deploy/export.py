@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from autocompress.codec import container
 from autocompress.compress.artifact import load, read
 from autocompress.compress.ranges import attached
 from autocompress.deploy import verify
+from autocompress.deploy.calibration import training_inputs
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
 from autocompress.tasks.wording import one_line
@@ -30,8 +31,17 @@ from autocompress.tasks.wording import one_line
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-FILES = {"archive": "model.acz", "onnx": "model.onnx", "torch": "model.pt2"}
-"""The file that each format writes, beside manifest.json."""
+FILES = {
+    "archive": "model.acz",
+    "onnx": "model.onnx",
+    "torch": "model.pt2",
+    "executorch": "model.pte",
+    "executorch-int8": "model.pte",
+    "mlflow": "model.onnx",
+}
+"""The file that each format writes, beside manifest.json; mlflow wraps it in more."""
+QUANTIZED = frozenset({"executorch-int8"})
+"""Formats with activations of 8 bits, which follow the artifact as well as their metric does."""
 
 Named = dict[str, NDArray[Any]]
 
@@ -63,10 +73,13 @@ def export(
         for size in _SMALL_BATCHES:
             recorder.run(f"batch-{size:06d}", recorder.first(size))
         file = folder / FILES[fmt]
-        details = write_file(fmt, artifact, recorder, file, effort)
+        calibration = training_inputs(task, list(recorder.first(1))) if fmt in QUANTIZED else ()
+        details = write_file(fmt, artifact, recorder, file, effort, calibration=calibration)
         runtime = _run(fmt, task, recorder, file)
         expected = finite_metric(task, outputs, targets, "test")
-        checks = _compared(task, recorder, expected, targets, file)
+        checks = _compared(task, recorder, expected, targets, file, quantized=fmt in QUANTIZED)
+        if "batch" in details:
+            checks["batch_sizes"] = _in_parts(checks["batch_sizes"], details["batch"])
         manifest = {
             "format": fmt,
             "file": file.name,
@@ -85,7 +98,7 @@ def export(
             "recorded": dict(facts),
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _publish(folder, Path(out), file.name)
+        _publish(folder, Path(out))
     return manifest
 
 
@@ -185,11 +198,19 @@ def _examples(model: str, inputs: Named) -> int:
 
 
 def write_file(
-    fmt: str, artifact: Path, recorder: Recorder, file: Path, effort: str | None = None, *, slim: bool = True
+    fmt: str,
+    artifact: Path,
+    recorder: Recorder,
+    file: Path,
+    effort: str | None = None,
+    *,
+    slim: bool = True,
+    calibration: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> dict[str, Any]:
     """Write the file, from the recorder's module or as the artifact says; what a manifest says of it.
 
-    Without dead units unless `slim` is false. Raises ExportError.
+    Without dead units unless `slim` is false. `calibration` are batches of inputs, by name, for the formats of
+    `QUANTIZED`. Raises ExportError.
     """
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
@@ -198,20 +219,30 @@ def write_file(
     module: nn.Module = recorder.module
     if fmt != "archive" and slim:
         module, cut = _slim(recorder, inputs)
-    if fmt == "onnx":
+    if fmt in ("onnx", "mlflow"):
         from autocompress.deploy import onnx
 
-        return onnx.write(module, inputs, recorder.keywords, names, file) | cut
+        details = onnx.write(module, inputs, recorder.keywords, names, file) | cut
+        if fmt == "mlflow":
+            from autocompress.tracking import register
+
+            details["files"] = register.write_model(file, details["inputs"], details["outputs"])
+        return details
     if fmt == "torch":
         from autocompress.deploy import torch_export
 
         torch_export.write(module, inputs, recorder.keywords, file)
+    elif fmt.startswith("executorch"):
+        from autocompress.deploy import executorch
+
+        cut |= executorch.write(fmt, module, inputs, recorder.keywords, file, calibration=calibration)
     elif effort is None:
         shutil.copyfile(artifact, file)
     else:
         file.write_bytes(container.pack(read(artifact), effort))
     found = next(iter(recorder.outputs.values()))
-    return {"inputs": _described(example), "outputs": _described(found)} | cut
+    batch = cut.get("batch", {}).get("fixed", "batch")
+    return {"inputs": _described(example, batch), "outputs": _described(found, batch)} | cut
 
 
 def _slim(recorder: Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
@@ -227,17 +258,20 @@ def _slim(recorder: Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Mo
     return module if cut.units else recorder.module, {"cut": cut.to_json()}
 
 
-def _described(arrays: Named) -> list[dict[str, Any]]:
+def _described(arrays: Named, batch: str | int) -> list[dict[str, Any]]:
     return [
-        {"name": name, "shape": ["batch", *array.shape[1:]], "dtype": str(array.dtype)}
-        for name, array in arrays.items()
+        {"name": name, "shape": [batch, *array.shape[1:]], "dtype": str(array.dtype)} for name, array in arrays.items()
     ]
 
 
 def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
     """Runs the recorded calls through the written file; the runtime and its version."""
+    if fmt == "mlflow":
+        from autocompress.tracking.register import RUNNER
+
+        return verify.run_apart(str(RUNNER), file, recorder.folder, keywords=recorder.keywords)
     if fmt != "archive":
-        return verify.run_apart(fmt, file, recorder.folder, keywords=recorder.keywords)
+        return verify.run_apart(fmt.removesuffix("-int8"), file, recorder.folder, keywords=recorder.keywords)
     from autocompress import __version__
 
     module = load(file, model=task.model)
@@ -250,7 +284,9 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
     return f"autocompress {__version__}, torch {torch.__version__}"
 
 
-def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, file: Path) -> dict[str, Any]:
+def _compared(
+    task: Task, recorder: Recorder, expected: float, targets: Any, file: Path, *, quantized: bool = False
+) -> dict[str, Any]:
     """The figures of the comparison. Raises ExportError where the file does not do what the artifact does."""
     exact = file.name == FILES["archive"]
     stepped = bool(attached(recorder.module))  # a last bit may tip an input over to the next level: few do
@@ -262,7 +298,8 @@ def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, fil
                 continue  # a class number may tip over between two equal scores: the metric tells whether it matters
             gap, scale = verify.largest_difference(wanted, got), float(np.abs(wanted).max(initial=0.0))
             held = verify.mean_difference(wanted, got) if stepped and not exact else gap
-            if not held <= (0.0 if exact else verify.OUTPUT_TOLERANCE * scale):
+            close = held <= (0.0 if exact else verify.OUTPUT_TOLERANCE * scale)
+            if not (np.isfinite(gap) if quantized else close):
                 raise ExportError(
                     f"{file.name} does not compute what the artifact does: {name!r} differs by {gap:.3g} at batch size "
                     f"{len(wanted)}, its largest value is {scale:.3g}"
@@ -272,7 +309,8 @@ def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, fil
         torch.from_numpy(np.concatenate(parts)) for parts in zip(*(found[c] for c in recorder.tests), strict=True)
     ]
     metric = finite_metric(task, _structured(recorder.structure, joined), targets, "test")
-    if not verify.metrics_agree(expected, metric):
+    agree = verify.metrics_agree(expected, metric)
+    if not (verify.quantized_metric_holds(expected, metric, task.direction) if quantized else agree):
         raise ExportError(
             f"{file.name} has a test {metric_name(task)} of {metric:.6g}, the artifact has {expected:.6g}"
         )
@@ -282,9 +320,16 @@ def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, fil
         "batch_sizes": sorted(sizes),
         "metric_artifact": expected,
         "metric_exported": metric,
+        "metric_difference": metric - expected,
         "max_abs_difference": difference,
         "max_abs_output": largest,
     }
+
+
+def _in_parts(sizes: Sequence[int], batch: Mapping[str, Any]) -> list[int]:
+    """The sizes of the calls that calls of these sizes became for a program of a largest or fixed batch."""
+    most = int(batch.get("fixed") or batch["max"])
+    return sorted({part for size in sizes for part in (min(size, most), size % most) if part})
 
 
 def _structured(like: Any, tensors: list[torch.Tensor]) -> Any:
@@ -314,23 +359,27 @@ def _staging(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(folder: Path, out: Path, name: str) -> None:
-    """Moves the file and the manifest to `out`; at no time does a manifest there speak of another file."""
-    manifest, old = out / "manifest.json", folder / "old.json"
+def _publish(folder: Path, out: Path) -> None:
+    """Moves the files to `out`; at no time does a manifest there speak of others. What fails puts the old ones back."""
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "manifest.json")
+    old = folder / ".old"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in (out / name, manifest):
-            if path.is_dir():
-                raise IsADirectoryError(0, f"its {path.name} is a folder")
-        if manifest.exists():
-            os.replace(manifest, old)
+        for name in names:
+            if (out / name).is_dir():
+                raise IsADirectoryError(0, f"its {name} is a folder")
+        old.mkdir()
         try:
-            os.replace(folder / name, out / name)
+            for name in reversed(names):
+                if (out / name).exists():
+                    os.replace(out / name, old / name)
+            for name in names:
+                os.replace(folder / name, out / name)
         except OSError:
-            if old.exists():
-                os.replace(old, manifest)
+            for name in names:
+                if (old / name).exists():
+                    os.replace(old / name, out / name)
             raise
-        os.replace(folder / "manifest.json", manifest)
     except OSError as error:
         raise ExportError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
 

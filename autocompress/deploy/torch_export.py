@@ -42,11 +42,17 @@ def write(module: nn.Module, inputs: Mapping[str, Any], keywords: bool, path: Pa
             raise ExportError(f"{type(module).__name__} cannot be saved by torch.export: {one_line(error)}") from error
 
 
-def exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> ExportedProgram:
-    """The module's graph as torch.export gives it, the batch size dynamic. Arguments and errors as in `write`."""
+def exported(
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, *, largest: int | None = None
+) -> ExportedProgram:
+    """The module's graph as torch.export gives it, the batch size dynamic, or up to `largest`; fixed if that is 1.
+
+    Arguments and errors as in `write`.
+    """
     import torch
 
-    batch = {name: {0: torch.export.Dim("batch", min=1)} for name in inputs}
+    size = {} if largest == 1 else {0: torch.export.Dim("batch", min=1, max=largest)}
+    batch = dict.fromkeys(inputs, size)
     with quiet():
         try:
             return torch.export.export(
@@ -64,8 +70,9 @@ def exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> Ex
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps warnings, log lines and prints of torch's and onnxscript's exporters from the user."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Keeps warnings, log lines and prints of torch's, onnxscript's and executorch's exporters from the user."""
+    names = ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torchao", "executorch", "")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with (
         warnings.catch_warnings(),

@@ -2,8 +2,9 @@
 
 As a program it imports only numpy and the runtime, nothing of autocompress:
 
-    python -P verify.py onnx|torch FILE FOLDER positional|keywords
+    python -P verify.py onnx|torch|executorch|RUNNER.py FILE FOLDER positional|keywords
 
+RUNNER.py is a program text whose `runner(FILE)` gives the runner and what it runs on.
 It reads every FOLDER/*.inputs.npz (one call each; "arg.NAME" is an input, in the order of the call) and
 writes *.outputs.npz beside it (the outputs "0", "1", ...) and runtime.json. Nothing is ever unpickled.
 """
@@ -11,6 +12,7 @@ writes *.outputs.npz beside it (the outputs "0", "1", ...) and runtime.json. Not
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -25,6 +27,9 @@ Runner = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 
 METRIC_TOLERANCE = 0.001
 """0.1 points of a metric between 0 and 1, else a thousandth of its value."""
+QUANTIZED_METRIC_TOLERANCE = 0.01
+"""How much worse a metric may be where an export quantizes: a point of a fraction to be maximised, else one per cent
+of its value."""
 OUTPUT_TOLERANCE = 1e-3
 """Of the largest absolute output."""
 
@@ -102,6 +107,13 @@ def metrics_agree(expected: float, found: float) -> bool:
     return abs(expected - found) <= METRIC_TOLERANCE * scale + 1e-9
 
 
+def quantized_metric_holds(expected: float, found: float, direction: str) -> bool:
+    """Whether `found` is worse than `expected` by no more than `QUANTIZED_METRIC_TOLERANCE`."""
+    scale = 1.0 if direction == "maximize" and 0 <= expected <= 1 else abs(expected)
+    worse = expected - found if direction == "maximize" else found - expected
+    return worse <= QUANTIZED_METRIC_TOLERANCE * scale + 1e-9
+
+
 def _onnx_runner(file: str) -> tuple[Runner, str]:
     import onnxruntime
 
@@ -134,11 +146,38 @@ def _torch_runner(file: str, keywords: bool) -> tuple[Runner, str]:
     return run, f"torch {torch.__version__}"
 
 
+def _executorch_runner(file: str) -> tuple[Runner, str]:
+    """Calls of more examples than the program plans memory for are run in parts."""
+    from importlib.metadata import version
+
+    import torch
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(file).load_method("forward")
+    most = method.metadata.input_tensor_meta(0).sizes()[0]
+
+    def run(inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        parts = zip(*(torch.split(torch.from_numpy(array), most) for array in inputs.values()), strict=True)
+        outputs = [[tensor.numpy().copy() for tensor in method.execute(list(part))] for part in parts]
+        return [np.concatenate(column) for column in zip(*outputs, strict=True)]
+
+    return run, f"executorch {version('executorch')}"
+
+
+def _runner(fmt: str, file: str, keywords: bool) -> tuple[Runner, str]:
+    if fmt.endswith(".py"):
+        made: tuple[Runner, str] = runpy.run_path(fmt)["runner"](file)
+        return made
+    if fmt == "onnx":
+        return _onnx_runner(file)
+    return _torch_runner(file, keywords) if fmt == "torch" else _executorch_runner(file)
+
+
 def main(arguments: list[str]) -> int:
     """The program; 0 if every call was run."""
     fmt, file, folder, convention = arguments
     try:
-        run, runtime = _onnx_runner(file) if fmt == "onnx" else _torch_runner(file, convention == "keywords")
+        run, runtime = _runner(fmt, file, convention == "keywords")
         run_calls(Path(folder), run)
     except Exception as error:
         print(" ".join(str(error).split())[:400] or type(error).__name__, file=sys.stderr)

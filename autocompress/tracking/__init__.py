@@ -1,9 +1,10 @@
 """MLflow as a view of a study: written beside the search, and rebuildable from the record.
 
-This package is the only importer of MLflow, and only `store` imports it, inside functions.
+This package is the only importer of MLflow, inside functions.
 `runs` says what MLflow should hold, `view` how its page should look, `mirror` writes the
 difference to what it holds, `writer` drives that (`process`: in a process of its own),
-`tracker` follows a running study, `server` opens the UI.
+`tracker` follows a running study, `server` opens the UI. `register` makes a MLflow model of an
+export and puts it in the registry; `served` runs such a model to verify it.
 """
 
 from autocompress.tracking.server import serve

@@ -43,15 +43,20 @@ def is_http(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
+def quieten() -> None:
+    """What MLflow is told before it is imported: no telemetry, short waits, warnings alone."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
 def connect(uri: str) -> Any:
     """A MlflowClient of the store. Imports MLflow (seconds); no server is asked yet.
 
     A new SQLite file is put into WAL mode, so that an open UI and the writer do not wait for
     each other; creating its schema takes seconds more.
     """
-    for key, value in ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    quieten()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
