@@ -255,7 +255,7 @@ def test_mistakes_on_the_command_line(study, fail):  # noqa: F811
     ):
         assert words in fail(2, *EXPORT, *more)
     assert not (study / "out").exists()
-    assert "cannot write to folder '/proc/out'" in fail(2, "export", "mine", "--format", "mlflow", "-o", "/proc/out")
+    assert "cannot write to folder '/proc/out'" in fail(1, "export", "mine", "--format", "mlflow", "-o", "/proc/out")
 
 
 @pytest.mark.slow

@@ -379,6 +379,8 @@ def _publish(folder: Path, out: Path) -> None:
             for name in names:
                 if (old / name).exists():
                     os.replace(old / name, out / name)
+                elif not (folder / name).exists():
+                    (out / name).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise ExportError(f"cannot write to folder {str(out)!r}: {error.strerror or error}") from error
