@@ -538,7 +538,7 @@ def test_a_manifest_is_replaced_with_its_file(smoke, monkeypatch, tmp_path):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    for failing in ("model.acz", "manifest.json"):
+    for failing in ("model.acz", "manifest.json"):  # noqa: B007
         moves.clear()
         with pytest.raises(ExportError, match="No space left on device"):
             export(artifact, task, "archive", out, {"mine": 2})
