@@ -700,3 +700,20 @@ def test_a_fixed_batch_size_is_refused(fmt, tmp_path):
         write(module, {"input": inputs}, False, path=tmp_path / "model")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Strides(nn.Module):
+    """Its outputs tell the layout of its inputs, as the last bits of a convolution do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(48, 4)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1)) + (0 if x.is_contiguous() else 1e-6)
+
+
+def test_a_file_is_compared_on_inputs_of_one_layout(tmp_path):
+    task = make_task(Strides(), (torch.randn(30, 4, 4, 3).permute(0, 3, 1, 2),))
+    artifact = compressed(task, LayerPlan(bits=6), tmp_path)
+    assert export(artifact, task, "archive", tmp_path / "out", FACTS)["verification"]["max_abs_difference"] == 0

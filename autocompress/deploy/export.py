@@ -105,6 +105,7 @@ def export(
 class Recorder(nn.Module):
     """Passes calls on to `module`, with arguments by name if `keywords`.
 
+    Inputs are made contiguous, as they are stored: another layout may give a convolution's outputs other last bits.
     Keeps by call their inputs in `folder` and their outputs in memory.
     """
 
@@ -120,7 +121,7 @@ class Recorder(nn.Module):
         """The module's outputs for the next batch of the test set."""
         self.keywords = bool(kwargs)
         inputs = _arrays(self.model, "input", self._by_name(args, kwargs))
-        self.structure = self.module(*args, **kwargs)
+        self.structure = call_module(self.module, inputs, self.keywords)
         self._keep(f"test-{len(self.outputs):06d}", inputs, self.structure)
         self.examples += _examples(self.model, inputs)
         return self.structure
@@ -184,7 +185,7 @@ def _arrays(model: str, what: str, tensors: Mapping[str, Any]) -> Named:
         if not isinstance(value, torch.Tensor):
             raise ExportError(f"{what} {name!r} of {model} is a {type(value).__name__}; only tensors can be exported")
     try:
-        return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+        return {name: np.asarray(value.detach().cpu().numpy(), order="C") for name, value in tensors.items()}
     except TypeError as error:
         raise ExportError(f"an {what} of {model} has a dtype that cannot be exported: {error}") from error
 
