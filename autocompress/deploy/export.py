@@ -30,7 +30,7 @@ from autocompress.tasks.wording import one_line
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-FILES = {"archive": "model.acz", "onnx": "model.onnx", "torch": "model.pt2"}
+FILES = {"archive": "model.acz", "onnx": "model.onnx", "onnx-int8": "model.int8.onnx", "torch": "model.pt2"}
 """The file that each format writes, beside manifest.json."""
 
 Named = dict[str, NDArray[Any]]
@@ -63,7 +63,7 @@ def export(
         for size in _SMALL_BATCHES:
             recorder.run(f"batch-{size:06d}", recorder.first(size))
         file = folder / FILES[fmt]
-        details = write_file(fmt, artifact, recorder, file, effort)
+        details = write_file(fmt, artifact, recorder, file, effort, task=task)
         runtime = _run(fmt, task, recorder, file)
         expected = finite_metric(task, outputs, targets, "test")
         checks = _compared(task, recorder, expected, targets, file)
@@ -126,6 +126,12 @@ class Recorder(nn.Module):
                 break
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
+    def named(self, inputs: Any) -> Named:
+        """A batch's inputs by the names that they get in a file."""
+        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+        args = () if keywords else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        return _arrays(self.model, "input", self._by_name(args, keywords))
+
     @property
     def tests(self) -> list[str]:
         """The calls that make up the test set, in order."""
@@ -185,11 +191,18 @@ def _examples(model: str, inputs: Named) -> int:
 
 
 def write_file(
-    fmt: str, artifact: Path, recorder: Recorder, file: Path, effort: str | None = None, *, slim: bool = True
+    fmt: str,
+    artifact: Path,
+    recorder: Recorder,
+    file: Path,
+    effort: str | None = None,
+    *,
+    slim: bool = True,
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Write the file, from the recorder's module or as the artifact says; what a manifest says of it.
 
-    Without dead units unless `slim` is false. Raises ExportError.
+    Without dead units unless `slim` is false. `task` gives an onnx-int8 file its calibration data. Raises ExportError.
     """
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
@@ -202,6 +215,10 @@ def write_file(
         from autocompress.deploy import onnx
 
         return onnx.write(module, inputs, recorder.keywords, names, file) | cut
+    if fmt == "onnx-int8" and task is not None:
+        from autocompress.deploy import int8
+
+        return int8.write(module, inputs, names, file, recorder=recorder, task=task) | cut
     if fmt == "torch":
         from autocompress.deploy import torch_export
 
@@ -252,7 +269,7 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
 
 def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, file: Path) -> dict[str, Any]:
     """The figures of the comparison. Raises ExportError where the file does not do what the artifact does."""
-    exact = file.name == FILES["archive"]
+    exact, rounded = file.name == FILES["archive"], file.name == FILES["onnx-int8"]
     stepped = bool(attached(recorder.module))  # a last bit may tip an input over to the next level: few do
     found = {call: verify.load_outputs(recorder.folder, call) for call in recorder.outputs}
     difference = largest = 0.0
@@ -262,6 +279,8 @@ def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, fil
                 continue  # a class number may tip over between two equal scores: the metric tells whether it matters
             gap, scale = verify.largest_difference(wanted, got), float(np.abs(wanted).max(initial=0.0))
             held = verify.mean_difference(wanted, got) if stepped and not exact else gap
+            if rounded and np.isfinite(gap):
+                held = 0.0  # of 8 bits: the metric tells
             if not held <= (0.0 if exact else verify.OUTPUT_TOLERANCE * scale):
                 raise ExportError(
                     f"{file.name} does not compute what the artifact does: {name!r} differs by {gap:.3g} at batch size "
@@ -271,8 +290,8 @@ def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, fil
     joined = [
         torch.from_numpy(np.concatenate(parts)) for parts in zip(*(found[c] for c in recorder.tests), strict=True)
     ]
-    metric = finite_metric(task, _structured(recorder.structure, joined), targets, "test")
-    if not verify.metrics_agree(expected, metric):
+    metric = finite_metric(task, structured(recorder.structure, joined), targets, "test")
+    if not (_holds(expected, metric, task) if rounded else verify.metrics_agree(expected, metric)):
         raise ExportError(
             f"{file.name} has a test {metric_name(task)} of {metric:.6g}, the artifact has {expected:.6g}"
         )
@@ -282,12 +301,19 @@ def _compared(task: Task, recorder: Recorder, expected: float, targets: Any, fil
         "batch_sizes": sorted(sizes),
         "metric_artifact": expected,
         "metric_exported": metric,
+        "metric_difference": metric - expected,
         "max_abs_difference": difference,
         "max_abs_output": largest,
     }
 
 
-def _structured(like: Any, tensors: list[torch.Tensor]) -> Any:
+def _holds(expected: float, metric: float, task: Task) -> bool:
+    from autocompress.deploy.int8 import holds
+
+    return holds(expected, metric, task)
+
+
+def structured(like: Any, tensors: list[torch.Tensor]) -> Any:
     """`tensors` in the structure of the outputs `like`."""
     if isinstance(like, torch.Tensor):
         return tensors[0]

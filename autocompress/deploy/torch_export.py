@@ -47,7 +47,7 @@ def exported(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> Ex
     import torch
 
     batch = {name: {0: torch.export.Dim("batch", min=1)} for name in inputs}
-    with quiet():
+    with quiet(), torch.no_grad():
         try:
             return torch.export.export(
                 module,

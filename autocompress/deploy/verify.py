@@ -2,7 +2,7 @@
 
 As a program it imports only numpy and the runtime, nothing of autocompress:
 
-    python -P verify.py onnx|torch FILE FOLDER positional|keywords
+    python -P verify.py onnx|onnx-int8|torch FILE FOLDER positional|keywords
 
 It reads every FOLDER/*.inputs.npz (one call each; "arg.NAME" is an input, in the order of the call) and
 writes *.outputs.npz beside it (the outputs "0", "1", ...) and runtime.json. Nothing is ever unpickled.
@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     """The program; 0 if every call was run."""
     fmt, file, folder, convention = arguments
     try:
-        run, runtime = _onnx_runner(file) if fmt == "onnx" else _torch_runner(file, convention == "keywords")
+        run, runtime = _onnx_runner(file) if fmt.startswith("onnx") else _torch_runner(file, convention == "keywords")
         run_calls(Path(folder), run)
     except Exception as error:
         print(" ".join(str(error).split())[:400] or type(error).__name__, file=sys.stderr)
