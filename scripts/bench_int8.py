@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -155,9 +157,7 @@ def measured(name: str, task: Task, batch_sizes: tuple[int, ...], turns: int) ->
         sessions = {kind: session_of(file) for kind, file in files.items()}
         for size in batch_sizes:
             inputs = recorder.first(size)
-            calls = {
-                kind: (lambda s=session, f=session.feed(inputs): s.run(None, f)) for kind, session in sessions.items()
-            }
+            calls = {kind: partial(session.run, None, session.feed(inputs)) for kind, session in sessions.items()}
             times = in_turns(calls, turns=turns)
             for kind in files:
                 rows[kind][f"ms_{size}"] = 1e3 * times[kind].quartiles[1]
@@ -198,6 +198,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # of the peers
     known = tasks(arguments.pretrained)
     standard = [name for name in known if name in ("digits", "mnist-lenet5", "fashion-lenet5", "cifar10-resnet8")]
     names = arguments.only or [*standard, "mlp-1024", *(["minilm"] if "minilm" in known else [])]

@@ -162,7 +162,10 @@ class _Build:
         levels = self._constant(f"{layer.name}:w", weight.levels)
         scales = self._constant(f"{layer.name}:s", weight.scales)
         name = layer.nodes[0].output[0]
-        inputs = [source, self._emit("DequantizeLinear", [levels, scales], f"{name}:w", axis=layer.axis)]
+        given = [levels, scales]
+        if layer.kind == "gemm":  # which is fused only where its zero points are there
+            given.append(self._constant(f":zeros_{len(weight.scales)}", np.zeros(len(weight.scales), np.int8)))
+        inputs = [source, self._emit("DequantizeLinear", given, f"{name}:w", axis=layer.axis)]
         if layer.kind == "matmul":
             self._biased(layer, "MatMul", inputs, end)
             return

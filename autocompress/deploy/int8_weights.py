@@ -28,6 +28,8 @@ _PAIR = 128
 """The largest sum of two neighbours: 255 * 128 < 2^15."""
 _STEPS = (0.85, 0.92, *(1 + k / 12 for k in range(12)), 2 * MOST / _PAIR)
 """Steps tried, beside that of which the largest weight is `MOST`: the last one is safe for any weight."""
+_FEW = 84
+"""More levels than these take a byte each also as digits of words."""
 _SAME = 1e-3
 """How far from a whole number of steps, in steps, a weight on a grid may lie."""
 
@@ -128,6 +130,8 @@ def float_form(name: str, rounded: Rounded, exact: Form | None) -> Form:
 
 def level_form(name: str, levels: Array) -> Form | None:
     """A form shorter than INT8 itself that is folded to those levels, cast; None where there is none."""
+    if np.unique(levels).size > _FEW and np.count_nonzero(levels) > levels.size / 2:
+        return None
     inner = smallest_form(f"{name}:few", levels.astype(np.float32))
     cast = helper.make_node("Cast", [f"{name}:few"], [name], to=onnx.TensorProto.INT8)
     form = Form(f"int8, {inner.kind}", (*inner.nodes, cast), inner.constants)
