@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,8 @@ def rounded(values: NDArray[np.float32], axis: int, *, alone: bool) -> Rounded:
     """
     moved = np.moveaxis(values, axis, 0)
     rows = moved.reshape(len(moved), -1)
-    steps = np.array([step_of(row, MOST) for row in rows])
-    exact = bool((steps > 0).all())
+    steps = np.array(list(takewhile(bool, (step_of(row, MOST) for row in rows))))
+    exact = len(steps) == len(rows)
     levels = _levels(rows, steps) if exact else np.zeros(0, np.int8)
     if not exact or not (alone or safe(levels.reshape(moved.shape)).all()):
         exact, steps = False, _best_steps(rows, moved.shape, alone)
