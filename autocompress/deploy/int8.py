@@ -66,7 +66,7 @@ class Net:
         return {
             layer: rounded(layer.values, layer.axis, alone=layer.kind == "table")
             for layer in self.layers
-            if layer.kind != "add"
+            if layer.kind not in ("add", "constant")
         }
 
     @cached_property
@@ -82,21 +82,16 @@ class Net:
     def alone(self) -> dict[str, onnx.Form]:
         """By name the weights in a form that is float32 again when it is loaded."""
         held = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        axes = {layer.name: 0 if layer.turned else layer.axis for layer in self.layers if layer.name in held}
         found: dict[str, onnx.Form] = {}
-        for layer in self.layers:
-            if layer.name in held and layer.name not in found:
-                values = numpy_helper.to_array(held[layer.name])
-                # of the outputs' axis: a matrix read as it is has them last, one that is transposed first
-                axis = layer.axis if values.shape == layer.values.shape else 1 - layer.axis
-                axis = 0 if layer.kind == "gemm" and layer.attributes.get("transB") else axis
-                form = float_form(layer.name, rounded(values, axis, alone=True), self.exact.get(layer.name))
-                found[layer.name] = form
+        for name, axis in axes.items():
+            values = numpy_helper.to_array(held[name])
+            found[name] = float_form(name, rounded(values, axis, alone=True), self.exact.get(name))
         return found
 
     def graph(self, forms: Mapping[Layer, str]) -> Any:
-        """The model with its layers in these forms; weights of "weights" as they will be folded."""
-        made = int8_graph(self.model, forms, self.ranges, self.weights, self.biases)
-        return made
+        """The model with its layers in these forms, the weights of "weights" as they are."""
+        return int8_graph(self.model, forms, self.ranges, self.weights, self.biases)
 
     def final(self, forms: Mapping[Layer, str], *, small: bool) -> tuple[Any, dict[str, onnx.Form]]:
         """The model and the forms of its constants; if `small`, also of those of its 8-bit layers."""
@@ -139,7 +134,7 @@ def write(
                 "form": forms[layer],
                 "because": because[layer],
                 "call_seconds": {form: round(second, 8) for form, second in seconds[layer].items()},
-                **({} if layer.kind == "add" else {"keeps_its_levels": net.weights[layer].exact}),
+                **({"keeps_its_levels": net.weights[layer].exact} if layer in net.weights else {}),
             }
             for name, layer in zip(names_of(net.layers), net.layers, strict=True)
         },
@@ -156,12 +151,12 @@ def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str],
     calls = list(islice(_calls(task.train, recorder, seed=0), EXAMPLES // _BATCH))
     wanted: dict[str, set[int]] = {}
     for layer in layers:
-        if layer.kind != "table":
+        if layer.kind not in ("table", "constant"):
             for source in layer.sources:
                 wanted.setdefault(source, set()).add(layer.channels)
             wanted.setdefault(layer.result, set())
     tensors = seen(model, wanted, calls)
-    layers = [layer for layer in layers if layer.kind == "table" or _understood(layer, tensors)]
+    layers = [layer for layer in layers if layer.kind in ("table", "constant") or _understood(layer, tensors)]
     return Net(model, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls)
 
 
@@ -186,7 +181,7 @@ def groups_of(net: Net) -> tuple[list[Group], list[list[Layer]]]:
     """The groups of layers that are alike, and their members."""
     members: dict[Any, list[Layer]] = {}
     for layer in net.layers:
-        shape = () if layer.kind == "table" else net.tensors[layer.sources[0]].first.shape[1:]
+        shape = () if layer.kind in ("table", "constant") else net.tensors[layer.sources[0]].first.shape[1:]
         attributes = tuple(sorted((name, str(value)) for name, value in layer.attributes.items()))
         members.setdefault((layer.kind, layer.values.shape, shape, attributes), []).append(layer)
     names = dict(zip(net.layers, names_of(net.layers), strict=True))
@@ -197,13 +192,15 @@ def _options(net: Net, part: Sequence[Layer]) -> dict[str, int]:
     """By form about the bytes of a group's layers."""
     if part[0].kind == "add":
         return {"float32": 0, "static": 60 * len(part)}
+    alone = sum({layer.name: net.alone[layer.name].size_bytes for layer in part}.values())
+    if part[0].kind == "constant":
+        return {"weights": alone}
     eight = sum(layer.values.size for layer in part)
     if part[0].kind == "table":
         exact = sum(
             net.exact[layer.name].size_bytes if layer.name in net.exact else 4 * layer.values.size for layer in part
         )
         return {"static": eight, "float32": exact}
-    alone = sum({layer.name: net.alone[layer.name].size_bytes for layer in part}.values())
     return {"weights": alone, **({} if part[0].kind == "conv" else {"dynamic": eight}), "static": eight}
 
 

@@ -17,13 +17,19 @@ from autocompress.compress.ranges import Grid
 Array = NDArray[Any]
 
 
+SMALLEST = 4096
+"""Of constants that no layer reads and that are rounded, elements."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """Nodes of the graph that one 8-bit operation replaces.
 
-    `kind`: "conv", "gemm", "matmul" (any rank), "table" (a lookup of rows) or "add" (no weight, two sources).
+    `kind`: "conv", "gemm", "matmul" (any rank), "table" (a lookup of rows), "add" (no weight, two sources), or
+    "constant" (what other nodes read: it can be rounded, nothing more).
     `nodes`: the operation, then what follows it alone: bias, normalisation, ReLU. `values`: its weight with the
-    normalisation in it, a convolution's (outputs, inputs, ...), another's (inputs, outputs); a table's (rows, width).
+    normalisation in it, a convolution's (outputs, inputs, ...), another's (inputs, outputs); a table's (rows, width);
+    `turned`: the graph has it as (outputs, inputs).
     """
 
     kind: str
@@ -34,11 +40,12 @@ class Layer:
     values: Array = field(default_factory=lambda: np.empty(0, np.float32))
     bias: Array | None = None
     activation: Any = None
+    turned: bool = False
 
     @property
     def axis(self) -> int:
         """The axis of the outputs in `values`."""
-        return 0 if self.kind == "conv" else 1
+        return {"conv": 0, "constant": self.values.ndim - 1}.get(self.kind, 1)
 
     @property
     def channels(self) -> int:
@@ -48,7 +55,7 @@ class Layer:
     @cached_property
     def attributes(self) -> dict[str, Any]:
         """Those of the operation."""
-        return {a.name: helper.get_attribute_value(a) for a in self.nodes[0].attribute}
+        return {a.name: helper.get_attribute_value(a) for node in self.nodes[:1] for a in node.attribute}
 
 
 class Graph:
@@ -75,17 +82,23 @@ class Graph:
 
 
 def layers_of(model: Any) -> list[Layer]:
-    """The layers in the graph's order. A weight that is read in more ways than one is none of theirs."""
+    """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs."""
     graph = Graph(model.graph)
     found = [layer for node in graph.proto.node if (layer := _layer(graph, node)) is not None]
     kinds: dict[str, set[str]] = {}
     for layer in found:
         kinds.setdefault(layer.name, set()).add(layer.kind)
     counts = {name: sum(layer.name == name for layer in found) for name in kinds}
-    return [
+    good = [
         layer
         for layer in found
         if layer.kind == "add" or (len(kinds[layer.name]) == 1 and counts[layer.name] == _reads(graph, layer.name))
+    ]
+    taken = {layer.name for layer in good}
+    return good + [
+        Layer("constant", name, (), (), name, array)
+        for name, array in graph.constants.items()
+        if _is_weight(array) and array.size >= SMALLEST and name not in taken
     ]
 
 
@@ -123,7 +136,8 @@ def _gemm(graph: Graph, node: Any) -> Layer | None:
     weight = weight.T if given.get("transB") else weight
     if len(node.input) > 2 and (bias is None or bias.shape != (weight.shape[1],)):
         return None
-    return _ended(graph, "gemm", node.input[1], (node,), weight=weight, bias=bias)
+    turned = bool(given.get("transB"))
+    return _ended(graph, "gemm", node.input[1], (node,), weight=weight, bias=bias, turned=turned)
 
 
 def _matmul(graph: Graph, node: Any) -> Layer | None:
@@ -144,7 +158,7 @@ def _matmul(graph: Graph, node: Any) -> Layer | None:
             nodes = (node, add)
         else:
             bias = None
-    return _ended(graph, "matmul", name, nodes, weight=weight, bias=bias)
+    return _ended(graph, "matmul", name, nodes, weight=weight, bias=bias, turned=name != node.input[1])
 
 
 def _table(graph: Graph, node: Any) -> Layer | None:
@@ -164,7 +178,14 @@ def _add(graph: Graph, node: Any) -> Layer | None:
 
 
 def _ended(
-    graph: Graph, kind: str, name: str, nodes: tuple[Any, ...], *, weight: Array, bias: Array | None
+    graph: Graph,
+    kind: str,
+    name: str,
+    nodes: tuple[Any, ...],
+    *,
+    weight: Array,
+    bias: Array | None,
+    turned: bool = False,
 ) -> Layer | None:
     """The layer with the normalisation and the ReLU that follow it."""
     axis = 0 if kind == "conv" else 1
@@ -182,7 +203,7 @@ def _ended(
     if activation is not None and activation.op_type == "Clip" and _least(graph, activation) != 0:
         activation = None
     nodes = nodes if activation is None else (*nodes, activation)
-    return Layer(kind, name, nodes, (nodes[0].input[0],), nodes[-1].output[0], weight, bias, activation)
+    return Layer(kind, name, nodes, (nodes[0].input[0],), nodes[-1].output[0], weight, bias, activation, turned)
 
 
 def _least(graph: Graph, clip: Any) -> float | None:
