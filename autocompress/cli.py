@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHICH",
         help="knee, smallest, best or trial=N (limits: smallest, else knee)",
     )
-    export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx, onnx-int8 or torch (onnx)")
+    export.add_argument("--format", default="onnx", metavar="FORMAT", help="archive, onnx, torch or onnx-int8 (onnx)")
     _effort_option(export, None, "code an archive anew")
     export.add_argument("-o", "--out", required=True, metavar="DIR", help="folder to write to")
     add("bench", _bench, "Measure the front's latency in onnxruntime.", _study_argument, _bench_options)

