@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from autocompress import Task, api, cli, report
 from autocompress.deploy import latency
-from autocompress.deploy.latency import Turns, in_turns
+from autocompress.deploy.turns import Turns, in_turns
 from autocompress.errors import StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.plan import LayerPlan, Plan, Recipe

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 FILES = {
     "archive": "model.acz",
     "onnx": "model.onnx",
+    "onnx-int8": "model.int8.onnx",
     "torch": "model.pt2",
     "executorch": "model.pte",
     "executorch-int8": "model.pte",
     "mlflow": "model.onnx",
 }
 """The file that each format writes, beside manifest.json; mlflow wraps it in more."""
-QUANTIZED = frozenset({"executorch-int8"})
+QUANTIZED = frozenset({"onnx-int8", "executorch-int8"})
 """Formats with activations of 8 bits, which follow the artifact as well as their metric does."""
 
 Named = dict[str, NDArray[Any]]
@@ -73,8 +74,7 @@ def export(
         for size in _SMALL_BATCHES:
             recorder.run(f"batch-{size:06d}", recorder.first(size))
         file = folder / FILES[fmt]
-        calibration = training_inputs(task, list(recorder.first(1))) if fmt in QUANTIZED else ()
-        details = write_file(fmt, artifact, recorder, file, effort, calibration=calibration)
+        details = write_file(fmt, artifact, recorder, file, effort, task=task)
         runtime = _run(fmt, task, recorder, file)
         expected = finite_metric(task, outputs, targets, "test")
         checks = _compared(task, recorder, expected, targets, file, quantized=fmt in QUANTIZED)
@@ -139,6 +139,12 @@ class Recorder(nn.Module):
             if sum(_examples(self.model, part) for part in parts) >= count:
                 break
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+    def named(self, inputs: Any) -> Named:
+        """A batch's inputs by the names that they get in a file."""
+        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+        args = () if keywords else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+        return _arrays(self.model, "input", self._by_name(args, keywords))
 
     @property
     def tests(self) -> list[str]:
@@ -206,12 +212,12 @@ def write_file(
     effort: str | None = None,
     *,
     slim: bool = True,
-    calibration: Sequence[Mapping[str, torch.Tensor]] = (),
+    task: Task | None = None,
 ) -> dict[str, Any]:
     """Write the file, from the recorder's module or as the artifact says; what a manifest says of it.
 
-    Without dead units unless `slim` is false. `calibration` are batches of inputs, by name, for the formats of
-    `QUANTIZED`. Raises ExportError.
+    Without dead units unless `slim` is false. `task` gives the formats of `QUANTIZED` their calibration data.
+    Raises ExportError.
     """
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
@@ -229,6 +235,10 @@ def write_file(
 
             details["files"] = register.write_model(file, details["inputs"], details["outputs"])
         return details
+    if fmt == "onnx-int8" and task is not None:
+        from autocompress.deploy import int8
+
+        return int8.write(module, inputs, names, file, recorder=recorder, task=task) | cut
     if fmt == "torch":
         from autocompress.deploy import torch_export
 
@@ -236,6 +246,7 @@ def write_file(
     elif fmt.startswith("executorch"):
         from autocompress.deploy import executorch
 
+        calibration = training_inputs(task, list(example)) if fmt in QUANTIZED and task is not None else ()
         cut |= executorch.write(fmt, module, inputs, recorder.keywords, file, calibration=calibration)
     elif effort is None:
         shutil.copyfile(artifact, file)
@@ -309,7 +320,7 @@ def _compared(
     joined = [
         torch.from_numpy(np.concatenate(parts)) for parts in zip(*(found[c] for c in recorder.tests), strict=True)
     ]
-    metric = finite_metric(task, _structured(recorder.structure, joined), targets, "test")
+    metric = finite_metric(task, structured(recorder.structure, joined), targets, "test")
     agree = verify.metrics_agree(expected, metric)
     if not (verify.quantized_metric_holds(expected, metric, task.direction) if quantized else agree):
         raise ExportError(
@@ -333,7 +344,7 @@ def _in_parts(sizes: Sequence[int], batch: Mapping[str, Any]) -> list[int]:
     return sorted({part for size in sizes for part in (min(size, most), size % most) if part})
 
 
-def _structured(like: Any, tensors: list[torch.Tensor]) -> Any:
+def structured(like: Any, tensors: list[torch.Tensor]) -> Any:
     """`tensors` in the structure of the outputs `like`."""
     if isinstance(like, torch.Tensor):
         return tensors[0]

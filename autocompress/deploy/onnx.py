@@ -189,11 +189,27 @@ def write(
     `module` is in eval mode on the CPU; `inputs` are example tensors of two or more examples along the first axis,
     passed by name if `keywords`, else in order. Raises ExportError for a model that torch's exporters refuse.
     """
-    model, forms = _exported(module, inputs, keywords, outputs)
+    model, forms = graph_of(module, inputs, keywords, outputs)
+    return save(model, forms, module, path)
+
+
+def graph_of(
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str], *, whole: bool = False
+) -> tuple[Any, dict[str, Form]]:
+    """The float32 model of `module`, and the smaller forms of its weights by name. Arguments and errors as in `write`.
+
+    Nothing is folded into weights that have such a form; if `whole`, into none of two or more axes.
+    """
+    model, forms = _exported(module, inputs, keywords, outputs, whole)
     _strip(model)
-    plain_bytes = model.ByteSize()
+    return model, forms
+
+
+def save(model: Any, forms: Mapping[str, Form], module: nn.Module, path: Path) -> dict[str, Any]:
+    """Writes the model with `forms` in the place of their initializers; what `write` says. Raises ExportError."""
+    plain, plain_bytes = model.graph.initializer, model.ByteSize()
+    model = inserted(model, forms)
     weights = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-    used = _insert(model.graph, forms)
     _shorten(model.graph, keep=weights)
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -205,15 +221,17 @@ def write(
         "ir_version": model.ir_version,
         "inputs": [_described(value) for value in model.graph.input],
         "outputs": [_described(value) for value in model.graph.output],
-        "weight_forms": {name: forms[name].kind for name in used},
+        "weight_forms": {tensor.name: forms[tensor.name].kind for tensor in plain if tensor.name in forms},
         "same_graph_float32_bytes": plain_bytes,
     }
 
 
 def _exported(
-    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str]
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str], whole: bool
 ) -> tuple[Any, dict[str, Form]]:
     """The simplified model and the forms of its weights, by torch.export, else by the older tracer."""
+    import torch
+
     args: Any = () if keywords else tuple(inputs.values())
     options: dict[str, Any] = {
         "kwargs": dict(inputs) if keywords else None,
@@ -224,10 +242,11 @@ def _exported(
     }
     for attempt in (_by_torch_export, _by_tracer):
         try:
-            with quiet():
+            with quiet(), torch.no_grad():
                 model = attempt(module, args, options)
                 forms = _forms(model.graph)
-                model = _optimized(model, forms)
+                wide = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 1} if whole else set()
+                model = _optimized(model, {*forms, *wide})
             _check_batch(model.graph, list(inputs))
             return model, forms
         except Exception as error:  # the exporters raise whatever the model's own code raises, too
@@ -274,15 +293,15 @@ def _forms(graph: Any) -> dict[str, Form]:
     return {name: form for name, form in forms.items() if form.kind != "plain"}
 
 
-def _optimized(model: Any, forms: Mapping[str, Form]) -> Any:
-    """The model simplified, with no constant folding through the weights of `forms`.
+def _optimized(model: Any, names: set[str]) -> Any:
+    """The model simplified, with no constant folding through the weights of these names.
 
     They are inputs of the graph while it is simplified: else a BatchNorm is folded into its Conv, which
     would turn a weight of few values into one of many.
     """
     from onnxscript import optimizer
 
-    kept = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in forms}
+    kept = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in names}
     _replace(model.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name not in kept])
     for tensor in kept.values():
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -293,16 +312,17 @@ def _optimized(model: Any, forms: Mapping[str, Form]) -> Any:
     return model
 
 
-def _insert(graph: Any, forms: Mapping[str, Form]) -> list[str]:
-    """Puts the forms in the place of their initializers; the names of those that were there."""
-    names = [tensor.name for tensor in graph.initializer if tensor.name in forms]
+def inserted(model: Any, forms: Mapping[str, Form]) -> Any:
+    """A model with the forms in the place of their initializers, if those are there."""
+    made = type(model).FromString(model.SerializeToString())
+    names = [tensor.name for tensor in model.graph.initializer if tensor.name in forms]
     constants: dict[str, Array] = {}
     for name in names:
         constants |= forms[name].constants
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name not in forms])
-    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
-    _replace(graph.node, [*(node for name in names for node in forms[name].nodes), *graph.node])
-    return names
+    _replace(made.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name not in forms])
+    made.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    _replace(made.graph.node, [*(node for name in names for node in forms[name].nodes), *model.graph.node])
+    return made
 
 
 def _strip(model: Any) -> None:

@@ -53,7 +53,7 @@ def exported(
 
     size = {} if largest == 1 else {0: torch.export.Dim("batch", min=1, max=largest)}
     batch = dict.fromkeys(inputs, size)
-    with quiet():
+    with quiet(), torch.no_grad():
         try:
             return torch.export.export(
                 module,

@@ -2,7 +2,7 @@
 
 As a program it imports only numpy and the runtime, nothing of autocompress:
 
-    python -P verify.py onnx|torch|executorch|RUNNER.py FILE FOLDER positional|keywords
+    python -P verify.py onnx|onnx-int8|torch|executorch|RUNNER.py FILE FOLDER positional|keywords
 
 RUNNER.py is a program text whose `runner(FILE)` gives the runner and what it runs on.
 It reads every FOLDER/*.inputs.npz (one call each; "arg.NAME" is an input, in the order of the call) and
@@ -107,11 +107,11 @@ def metrics_agree(expected: float, found: float) -> bool:
     return abs(expected - found) <= METRIC_TOLERANCE * scale + 1e-9
 
 
-def quantized_metric_holds(expected: float, found: float, direction: str) -> bool:
-    """Whether `found` is worse than `expected` by no more than `QUANTIZED_METRIC_TOLERANCE`."""
+def quantized_metric_holds(expected: float, found: float, direction: str, share: float = 1.0) -> bool:
+    """Whether `found` is worse than `expected` by no more than that share of `QUANTIZED_METRIC_TOLERANCE`."""
     scale = 1.0 if direction == "maximize" and 0 <= expected <= 1 else abs(expected)
     worse = expected - found if direction == "maximize" else found - expected
-    return worse <= QUANTIZED_METRIC_TOLERANCE * scale + 1e-9
+    return worse <= share * QUANTIZED_METRIC_TOLERANCE * scale + 1e-9
 
 
 def _onnx_runner(file: str) -> tuple[Runner, str]:
@@ -168,7 +168,7 @@ def _runner(fmt: str, file: str, keywords: bool) -> tuple[Runner, str]:
     if fmt.endswith(".py"):
         made: tuple[Runner, str] = runpy.run_path(fmt)["runner"](file)
         return made
-    if fmt == "onnx":
+    if fmt.startswith("onnx"):
         return _onnx_runner(file)
     return _torch_runner(file, keywords) if fmt == "torch" else _executorch_runner(file)
 

@@ -1,0 +1,301 @@
+"""ONNX files whose layers compute with 8-bit activations in plain onnxruntime, where that is faster.
+
+From the float32 graph of `onnx.graph_of`: ranges are calibrated on some training examples (`int8_calibrate`),
+weights rounded per output (`int8_weights`), the form of each layer chosen by measuring (`int8_choose`), the graph laid
+out for onnxruntime to fuse (`int8_graph`). Where validation data says that the metric falls too far, the layers that
+harm the outputs most are left in float32.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from autocompress.deploy import onnx
+from autocompress.deploy.int8_calibrate import Named, Seen, corrected_bias, ranges_of, seen
+from autocompress.deploy.int8_choose import Group, Plan, chosen
+from autocompress.deploy.int8_graph import int8_graph
+from autocompress.deploy.int8_layers import Layer, layers_of, names_of, own_ranges
+from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
+from autocompress.deploy.sessions import Session, session_of
+from autocompress.deploy.turns import in_turns
+from autocompress.deploy.verify import quantized_metric_holds
+from autocompress.errors import ExportError
+from autocompress.tasks.batches import batches, finite_metric
+
+if TYPE_CHECKING:
+    from autocompress.deploy.export import Recorder
+    from autocompress.tasks.task import Task
+
+Array = NDArray[Any]
+
+EXAMPLES = 256
+"""Training examples that ranges are calibrated on."""
+_SHARE = 0.5
+"""Of the tolerance, how far it may fall on validation data, on which the layers are chosen."""
+_BATCH = 32
+_TURNS = 9
+_TURN_SECONDS = 0.006
+
+
+@dataclass(frozen=True)
+class Net:
+    """A float32 model, its layers, and what calibration tells of its tensors."""
+
+    model: Any
+    exact: Mapping[str, onnx.Form]
+    layers: Sequence[Layer]
+    tensors: Mapping[str, Seen]
+    ranges: Mapping[str, Any]
+    calls: Sequence[Named]
+
+    @cached_property
+    def weights(self) -> dict[Layer, Rounded]:
+        """As 8-bit layers take them."""
+        return {
+            layer: rounded(layer.values, layer.axis, alone=layer.kind == "table")
+            for layer in self.layers
+            if layer.kind not in ("add", "constant")
+        }
+
+    @cached_property
+    def biases(self) -> dict[Layer, Array | None]:
+        """As 8-bit layers take them."""
+        return {
+            layer: corrected_bias(layer, weight, self.tensors[layer.sources[0]])
+            for layer, weight in self.weights.items()
+            if layer.kind != "table"
+        }
+
+    @cached_property
+    def alone(self) -> dict[str, onnx.Form]:
+        """By name the weights in a form that is float32 again when it is loaded."""
+        held = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        axes = {layer.name: 0 if layer.turned else layer.axis for layer in self.layers if layer.name in held}
+        found: dict[str, onnx.Form] = {}
+        for name, axis in axes.items():
+            values = numpy_helper.to_array(held[name])
+            found[name] = float_form(name, rounded(values, axis, alone=True), self.exact.get(name))
+        return found
+
+    def graph(self, forms: Mapping[Layer, str]) -> Any:
+        """The model with its layers in these forms, the weights of "weights" as they are."""
+        return int8_graph(self.model, forms, self.ranges, self.weights, self.biases)
+
+    def final(self, forms: Mapping[Layer, str], *, small: bool) -> tuple[Any, dict[str, onnx.Form]]:
+        """The model and the forms of its constants; if `small`, also of those of its 8-bit layers."""
+        made = self.graph(forms)
+        lone = {layer.name for layer, form in forms.items() if form == "weights"}
+        found = {name: form for name, form in self.exact.items() if name not in lone}
+        found |= {name: self.alone[name] for name in lone}
+        if small:
+            levels = [t for t in made.graph.initializer if t.data_type == TensorProto.INT8]
+            short = {t.name: level_form(t.name, numpy_helper.to_array(t)) for t in levels}
+            found |= {name: form for name, form in short.items() if form is not None}
+        return made, found
+
+
+def write(
+    module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str], path: Path, *, recorder: Recorder, task: Task
+) -> dict[str, Any]:
+    """Writes the file; what the manifest says of it. Arguments as of `onnx.write`; `recorder` knows the calls.
+
+    Raises ExportError where the metric on validation data is beyond the tolerance with every layer in float32.
+    """
+    net = net_of(module, inputs, names, recorder, task)
+    groups, members = groups_of(net)
+    timer = Timer(net, members)
+    starts = [{"": "static"}, {"": "dynamic"}, {"": "weights"}]
+    choices = chosen(groups, starts, timer) if groups else []
+    forms = {layer: choice.form for choice, part in zip(choices, members, strict=True) for layer in part}
+    because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
+    forms, because, checked = held_back(net, forms, because, task, recorder)
+    small = net.final(forms, small=True)
+    plain = net.final(forms, small=False)
+    if len(small[1]) > len(plain[1]) and not timer.as_fast(small, plain):
+        small = plain
+    details = onnx.save(*small, module, path)
+    del details["same_graph_float32_bytes"]
+    seconds = {layer: choice.seconds for choice, part in zip(choices, members, strict=True) for layer in part}
+    return details | {
+        "layers": {
+            name: {
+                "form": forms[layer],
+                "because": because[layer],
+                "call_seconds": {form: round(second, 8) for form, second in seconds[layer].items()},
+                **({"keeps_its_levels": net.weights[layer].exact} if layer in net.weights else {}),
+            }
+            for name, layer in zip(names_of(net.layers), net.layers, strict=True)
+        },
+        "calibration": {"examples": _count(net.calls), "split": "train"},
+        "validation": checked,
+    }
+
+
+def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str], recorder: Recorder, task: Task) -> Net:
+    """The float32 net, observed on the first training examples of a shuffled pass."""
+    model, exact = onnx.graph_of(module, inputs, recorder.keywords, names, whole=True)
+    fixed = own_ranges(model)
+    layers = layers_of(model)
+    calls = list(islice(_calls(task.train, recorder, seed=0), EXAMPLES // _BATCH))
+    wanted: dict[str, set[int]] = {}
+    for layer in layers:
+        if layer.kind not in ("table", "constant"):
+            for source in layer.sources:
+                wanted.setdefault(source, set()).add(layer.channels)
+            wanted.setdefault(layer.result, set())
+    tensors = seen(model, wanted, calls)
+    layers = [layer for layer in layers if layer.kind in ("table", "constant") or _understood(layer, tensors)]
+    return Net(model, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls)
+
+
+def _understood(layer: Layer, tensors: Mapping[str, Seen]) -> bool:
+    """Whether its tensors are finite float32; those of a sum of one shape."""
+    parts = [tensors.get(name) for name in (*layer.sources, layer.result)]
+    found = [part for part in parts if part is not None and all(np.isfinite(v).all() for v in part.values)]
+    return len(found) == len(parts) and (layer.kind != "add" or len({p.first.shape for p in found}) == 1)
+
+
+def _calls(split: Any, recorder: Recorder, seed: int | None) -> Iterator[Named]:
+    """The inputs of batches of a split by the names that they have in a file."""
+    for inputs, _ in batches(split, _BATCH, shuffle_seed=seed, device="cpu"):
+        yield recorder.named(inputs)
+
+
+def _count(calls: Sequence[Named]) -> int:
+    return sum(len(next(iter(call.values()))) for call in calls)
+
+
+def groups_of(net: Net) -> tuple[list[Group], list[list[Layer]]]:
+    """The groups of layers that are alike, and their members."""
+    members: dict[Any, list[Layer]] = {}
+    for layer in net.layers:
+        shape = () if layer.kind in ("table", "constant") else net.tensors[layer.sources[0]].first.shape[1:]
+        attributes = tuple(sorted((name, str(value)) for name, value in layer.attributes.items()))
+        members.setdefault((layer.kind, layer.values.shape, shape, attributes), []).append(layer)
+    names = dict(zip(net.layers, names_of(net.layers), strict=True))
+    return [Group(names[part[0]], _options(net, part)) for part in members.values()], list(members.values())
+
+
+def _options(net: Net, part: Sequence[Layer]) -> dict[str, int]:
+    """By form about the bytes of a group's layers."""
+    if part[0].kind == "add":
+        return {"float32": 0, "static": 60 * len(part)}
+    alone = sum({layer.name: net.alone[layer.name].size_bytes for layer in part}.values())
+    if part[0].kind == "constant":
+        return {"weights": alone}
+    eight = sum(layer.values.size for layer in part)
+    if part[0].kind == "table":
+        exact = sum(
+            net.exact[layer.name].size_bytes if layer.name in net.exact else 4 * layer.values.size for layer in part
+        )
+        return {"static": eight, "float32": exact}
+    return {"weights": alone, **({} if part[0].kind == "conv" else {"dynamic": eight}), "static": eight}
+
+
+class Timer:
+    """Times whole calls of one example, under plans of the groups' forms."""
+
+    def __init__(self, net: Net, members: Sequence[Sequence[Layer]]) -> None:
+        self.net, self.members = net, members
+        self.example = {name: array[:1] for name, array in net.calls[0].items()}
+        self.sessions: dict[Plan, Session] = {}
+
+    def __call__(self, plans: Sequence[Plan]) -> list[float]:
+        """The median seconds under each plan, measured in turns."""
+        self.sessions = {plan: self.sessions.get(plan) or self._loaded(plan) for plan in plans}
+        return self._times([self.sessions[plan] for plan in plans])
+
+    def as_fast(self, one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+        """Whether the first of two models is not clearly slower than the second."""
+        a, b = self._times([session_of(onnx.inserted(*model)) for model in (one, other)])
+        return a <= 1.03 * b
+
+    def _loaded(self, plan: Plan) -> Session:
+        forms = {layer: form for form, part in zip(plan, self.members, strict=True) for layer in part}
+        return session_of(self.net.graph(forms))
+
+    def _times(self, sessions: Sequence[Session]) -> list[float]:
+        feed = sessions[0].feed(self.example)
+        calls = {str(k): partial(session.run, None, feed) for k, session in enumerate(sessions)}
+        found = in_turns(calls, turns=_TURNS, seconds=_TURN_SECONDS)
+        base = statistics.median(found["0"].medians)
+        return [base * found[str(k)].over(found["0"]) for k in range(len(sessions))]
+
+
+def held_back(
+    net: Net, forms: Mapping[Layer, str], because: Mapping[Layer, str], task: Task, recorder: Recorder
+) -> tuple[dict[Layer, str], dict[Layer, str], dict[str, Any]]:
+    """The forms of which the metric on validation data holds, why, and the metrics; harmful layers in float32.
+
+    Raises ExportError where it does not hold even so.
+    """
+    forms, because = dict(forms), dict(because)
+    calls = list(_calls(task.val, recorder, seed=None))
+    targets = [target for _, target in batches(task.val, _BATCH, shuffle_seed=None, device="cpu")]
+    reference = metric_of(session_of(net.model), calls, targets, task, recorder)
+
+    def found() -> float:
+        return metric_of(session_of(onnx.inserted(*net.final(forms, small=False))), calls, targets, task, recorder)
+
+    metric = found()
+    steps = milder(net, forms) if not quantized_metric_holds(reference, metric, task.direction, _SHARE) else iter(())
+    while not quantized_metric_holds(reference, metric, task.direction, _SHARE):
+        step = next(steps, None)
+        if step is None:
+            raise ExportError(f"in 8 bits the metric on validation data is {metric:.6g}, in float32 {reference:.6g}")
+        forms |= step
+        because |= dict.fromkeys(step, "the metric on validation data fell too far")
+        metric = found()
+    return forms, because, {"metric_float32": reference, "metric": metric}
+
+
+def milder(net: Net, forms: Mapping[Layer, str]) -> Iterator[dict[Layer, str]]:
+    """Steps towards float32: products with fixed ranges get those of each call, then layers go as `by_harm` says."""
+    dynamic = {layer: "dynamic" for layer in forms if forms[layer] == "static" and layer.kind in ("gemm", "matmul")}
+    if dynamic:
+        yield dynamic
+    left = iter(by_harm(net, {**forms, **dynamic}))
+    while some := list(islice(left, max(1, len(forms) // 8))):
+        yield dict.fromkeys(some, "float32")
+
+
+def metric_of(
+    session: Session, calls: Sequence[Named], targets: Sequence[Any], task: Task, recorder: Recorder
+) -> float:
+    """The task's metric of the session's outputs."""
+    from autocompress.deploy.export import structured
+    from autocompress.tasks.batches import join
+
+    outputs = [session.run(None, session.feed(call)) for call in calls]
+    joined = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*outputs, strict=True)]
+    return finite_metric(task, structured(recorder.structure, joined), join(list(targets)), "val")
+
+
+def by_harm(net: Net, forms: Mapping[Layer, str]) -> list[Layer]:
+    """The layers that are not float32, the one first without which the outputs come closest to float32's."""
+    call = net.calls[0]
+    wanted = _outputs(session_of(net.model), call)
+
+    def error(tried: Mapping[Layer, str]) -> float:
+        found = _outputs(session_of(onnx.inserted(*net.final(tried, small=False))), call)
+        return float(np.square(found - wanted).mean())
+
+    return sorted((x for x in forms if forms[x] != "float32"), key=lambda layer: error({**forms, layer: "float32"}))
+
+
+def _outputs(session: Session, call: Named) -> Array:
+    parts = [
+        np.asarray(y, np.float64).reshape(-1) for y in session.run(None, session.feed(call)) if y.dtype.kind == "f"
+    ]
+    return np.concatenate(parts) if parts else np.zeros(1)

@@ -1,0 +1,219 @@
+"""A float32 ONNX graph with some of its layers in 8 bits, laid out so that onnxruntime fuses each to one operation.
+
+static    x -> QuantizeLinear -> DequantizeLinear -> Conv, Gemm or MatMul of dequantized weights -> ReLU -> the same
+          again: every 8-bit tensor is wrapped in such a pair, and onnxruntime joins what stands between two of them.
+dynamic   x -> DynamicQuantizeLinear -> MatMulInteger -> times the scales -> plus the bias
+A lookup of rows takes them from an INT8 table and multiplies them with the scales of its columns.
+
+Weights of products are stored as (inputs, outputs), never transposed, since otherwise nothing is fused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from autocompress.compress.ranges import Grid
+from autocompress.deploy.int8_layers import Forms, Layer, without_dead_ends
+from autocompress.deploy.int8_weights import Rounded
+
+Array = NDArray[Any]
+
+CARRIERS = frozenset(("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"))
+"""Operations that move values and make none: their outputs have the ranges of their inputs."""
+
+
+def int8_graph(
+    model: Any,
+    forms: Forms,
+    ranges: Mapping[str, Grid],
+    weights: Mapping[Layer, Rounded],
+    biases: Mapping[Layer, Array | None],
+) -> Any:
+    """A new model in which the layers compute as `forms` says; "float32" and "weights" leave their nodes as they are.
+
+    `ranges` has those of the sources and results of layers, `weights` and `biases` what 8-bit layers take.
+    """
+    made = copy.deepcopy(model)
+    build = _Build(made.graph, forms, ranges, weights, biases)
+    nodes = [new for node in model.graph.node for new in build.instead_of(node)]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    made.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in build.constants.items())
+    without_dead_ends(made.graph)
+    return made
+
+
+def eight_bit(
+    nodes: Sequence[Any], forms: Forms, ranges: Mapping[str, Grid], outputs: set[str]
+) -> tuple[dict[str, Grid], set[str]]:
+    """The tensors that are kept in 8 bits by those that make them, with their ranges; and all that are read as such."""
+    static = [layer for layer, form in forms.items() if form == "static" and layer.kind != "table"]
+    read = {source for layer in static for source in layer.sources}
+    wanted = set(read)
+    for node in reversed(nodes):
+        if node.op_type in CARRIERS and set(node.output) & wanted:
+            wanted.add(node.input[0])
+    made = {
+        layer.result: ranges[layer.result]
+        for layer in static
+        if layer.kind in ("conv", "add") or (layer.result in wanted and layer.result not in outputs)
+    }
+    for node in nodes:
+        if node.op_type in CARRIERS and node.input[0] in made and node.output[0] in wanted and len(node.output) == 1:
+            made[node.output[0]] = made[node.input[0]]
+    return made, read
+
+
+class _Build:
+    """Nodes in the place of nodes, and the constants that they need."""
+
+    def __init__(
+        self,
+        graph: Any,
+        forms: Forms,
+        ranges: Mapping[str, Grid],
+        weights: Mapping[Layer, Rounded],
+        biases: Mapping[Layer, Array | None],
+    ) -> None:
+        self.weights, self.biases, self.ranges = weights, biases, ranges
+        self.first: dict[str, Layer] = {}
+        self.covered: set[str] = set()
+        for layer, form in forms.items():
+            if form in ("static", "dynamic"):
+                self.first[layer.nodes[0].output[0]] = layer
+                self.covered |= {name for node in layer.nodes for name in node.output}
+        self.forms = forms
+        outputs = {value.name for value in graph.output}
+        self.made, _ = eight_bit(graph.node, forms, ranges, outputs)
+        self.constants: dict[str, Array] = {}
+        self.done: set[str] = set()
+        self.nodes: list[Any] = []
+
+    def instead_of(self, node: Any) -> list[Any]:
+        """What stands in the place of a node of the float32 graph."""
+        self.nodes = []
+        layer = self.first.get(node.output[0])
+        if layer is not None:
+            rule = {"table": self._table, "add": self._add}.get(layer.kind, self._product)
+            rule(layer)
+        elif not set(node.output) <= self.covered:
+            new = copy.deepcopy(node)
+            if node.output[0] in self.made:
+                new.output[0] = f"{node.output[0]}:f"
+            self.nodes.append(new)
+            self._close(node.output[0])
+        return self.nodes
+
+    def _emit(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+    def _constant(self, name: str, array: Array) -> str:
+        self.constants[name] = array
+        return name
+
+    def _ending(self, name: str) -> str:
+        """The name that the float32 tensor gets before it becomes one of 8 bits."""
+        return f"{name}:f" if name in self.made else name
+
+    def _close(self, name: str) -> None:
+        """Put the pair after a tensor that is kept in 8 bits."""
+        if name in self.made:
+            self._pair(f"{name}:f", name, self.made[name])
+
+    def _pair(self, source: str, result: str, grid: Grid) -> None:
+        scale = self._constant(f":scale_{grid.scale!r}", np.array(grid.scale, np.float32))
+        zero = self._constant(f":zero_{grid.zero_point}", np.array(grid.zero_point, np.uint8))
+        self._emit("QuantizeLinear", [source, scale, zero], f"{result}:q")
+        self._emit("DequantizeLinear", [f"{result}:q", scale, zero], result)
+
+    def _read(self, name: str) -> tuple[str, Grid]:
+        """The 8-bit view of a tensor, and its range."""
+        if name in self.made:
+            return name, self.made[name]
+        if name not in self.done:
+            self.done.add(name)
+            self._pair(name, f"{name}:8", self.ranges[name])
+        return f"{name}:8", self.ranges[name]
+
+    def _product(self, layer: Layer) -> None:
+        end = self._ending(layer.result)
+        before = end if layer.activation is None else f"{end}:a"
+        if self.forms[layer] == "dynamic":
+            self._dynamic(layer, before)
+        else:
+            self._static(layer, before)
+        if layer.activation is not None:
+            activation = copy.deepcopy(layer.activation)
+            activation.input[0], activation.output[0] = before, end
+            self.nodes.append(activation)
+        self._close(layer.result)
+
+    def _static(self, layer: Layer, end: str) -> None:
+        weight, bias = self.weights[layer], self.biases[layer]
+        source, grid = self._read(layer.sources[0])
+        levels = self._constant(f"{layer.name}:w", weight.levels)
+        scales = self._constant(f"{layer.name}:s", weight.scales)
+        name = layer.nodes[0].output[0]
+        given = [levels, scales]
+        if layer.kind == "gemm":  # which is fused only where its zero points are there
+            given.append(self._constant(f":zeros_{len(weight.scales)}", np.zeros(len(weight.scales), np.int8)))
+        inputs = [source, self._emit("DequantizeLinear", given, f"{name}:w", axis=layer.axis)]
+        if layer.kind == "matmul":
+            self._biased(layer, "MatMul", inputs, end)
+            return
+        if bias is not None:
+            steps = (weight.scales * np.float32(grid.scale)).astype(np.float32)
+            whole = np.clip(np.rint(bias / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+            ints, steps_name = self._constant(f"{name}:b", whole), self._constant(f"{name}:t", steps)
+            inputs.append(self._emit("DequantizeLinear", [ints, steps_name], f"{name}:d", axis=0))
+        attributes = layer.attributes if layer.kind == "conv" else {}
+        self._emit("Conv" if layer.kind == "conv" else "Gemm", inputs, end, **attributes)
+
+    def _biased(self, layer: Layer, kind: str, inputs: Sequence[str], end: str, **attributes: Any) -> None:
+        """An operation and the bias."""
+        bias = self.biases[layer]
+        if bias is None:
+            self._emit(kind, inputs, end, **attributes)
+            return
+        self._emit(kind, inputs, f"{end}:p", **attributes)
+        self._emit("Add", [f"{end}:p", self._constant(f"{layer.result}:b", bias)], end)
+
+    def _dynamic(self, layer: Layer, end: str) -> None:
+        weight, source = self.weights[layer], layer.sources[0]
+        q, s, z = f"{source}:dq", f"{source}:ds", f"{source}:dz"
+        if q not in self.done:
+            self.done.add(q)
+            self.nodes.append(helper.make_node("DynamicQuantizeLinear", [source], [q, s, z]))
+        levels = self._constant(f"{layer.name}:w", weight.levels)
+        scales = self._constant(f"{layer.name}:s", weight.scales)
+        name = layer.nodes[0].output[0]
+        self._emit("MatMulInteger", [q, levels, z], f"{name}:i")
+        self._emit("Cast", [f"{name}:i"], f"{name}:c", to=onnx.TensorProto.FLOAT)
+        self._emit("Mul", [s, scales], f"{name}:m")
+        self._biased(layer, "Mul", [f"{name}:c", f"{name}:m"], end)
+
+    def _table(self, layer: Layer) -> None:
+        weight = self.weights[layer]
+        levels = self._constant(f"{layer.name}:w", weight.levels)
+        scales = self._constant(f"{layer.name}:s", weight.scales)
+        self._emit("Gather", [levels, layer.sources[0]], f"{layer.result}:i")
+        self._emit("Cast", [f"{layer.result}:i"], f"{layer.result}:c", to=onnx.TensorProto.FLOAT)
+        self._emit("Mul", [f"{layer.result}:c", scales], layer.result)
+
+    def _add(self, layer: Layer) -> None:
+        end = self._ending(layer.result)
+        inputs = [self._read(source)[0] for source in layer.sources]
+        if layer.activation is None:
+            self._emit("Add", inputs, end)
+        else:
+            self._emit("Add", inputs, f"{end}:a")
+            self._emit("Relu", [f"{end}:a"], end)
+        self._close(layer.result)

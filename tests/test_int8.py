@@ -1,0 +1,444 @@
+"""8-bit ONNX files: what onnxruntime computes with them, which layers they hold, what they refuse."""
+
+import itertools
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_deploy import FACTS, compressed, make_task
+from torch import nn
+
+from autocompress.compress.ranges import Grid, attach
+from autocompress.deploy import int8, int8_calibrate, int8_weights, verify
+from autocompress.deploy import onnx as deploy_onnx
+from autocompress.deploy.export import Recorder, export
+from autocompress.deploy.int8_choose import Group, chosen
+from autocompress.deploy.int8_layers import layers_of, own_ranges
+from autocompress.deploy.sessions import session_of
+from autocompress.errors import ExportError
+from autocompress.plan import LayerPlan
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+
+class Residual(nn.Module):
+    """Convolutions with normalisations, a sum, a pool and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.body, self.norm2 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.last, self.head = nn.Conv2d(16, 24, 3, stride=2, groups=2), nn.Linear(24 * 3 * 3, 10)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.norm2(self.body(x)))
+        x = F.max_pool2d(F.relu6(self.last(x)), 2, 1)
+        return self.head(x.flatten(1))
+
+
+class Words(nn.Module):
+    """Looked-up rows, a block of three axes with a GELU and a norm, and their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.up, self.down = nn.Embedding(60, 32), nn.Linear(32, 64), nn.Linear(64, 32, bias=False)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 5)
+
+    def forward(self, tokens):
+        x = self.rows(tokens)
+        x = self.norm(x + self.down(F.gelu(self.up(x))))
+        return self.head(x.mean(1))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 6))
+
+
+def pair():
+    """A layer of low rank, as its two factors."""
+    return nn.Sequential(nn.Linear(40, 8, bias=False), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 6))
+
+
+NETS = {
+    "residual": (Residual, lambda: torch.randn(96, 3, 9, 9)),
+    "mlp": (mlp, lambda: torch.randn(96, 40)),
+    "pair": (pair, lambda: torch.randn(96, 40)),
+    "words": (Words, lambda: torch.randint(0, 60, (96, 7))),
+}
+
+
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    monkeypatch.setattr(int8, "_TURNS", 2)
+    monkeypatch.setattr(int8, "_TURN_SECONDS", 0.0)
+
+
+def task_of(name):
+    torch.manual_seed(3)
+    make, inputs = NETS[name]
+    return make_task(make(), (inputs(),))
+
+
+def net_of(task, tmp_path):
+    recorder = Recorder(task.model, tmp_path)
+    recorder.run("one", recorder.named(task.test[0][:2]))
+    return int8.net_of(task.model, {"input": task.test[0][:2]}, ["output"], recorder, task)
+
+
+@cache
+def known(name):
+    """The task and the net of that name, made once."""
+    task = task_of(name)
+    with TemporaryDirectory() as folder:
+        return task, net_of(task, Path(folder))
+
+
+def everywhere(net, form):
+    """Each layer in that form, where it has it."""
+    forms = {}
+    for layer in net.layers:
+        given = "static" if layer.kind in ("conv", "table", "add") else form
+        forms[layer] = given
+    return forms
+
+
+def operations(model, tmp_path):
+    """What onnxruntime makes of a model."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+
+
+# ---------------------------------------------------------------------- the graph
+
+
+@pytest.mark.parametrize("form", ["static", "dynamic"])
+@pytest.mark.parametrize("name", NETS)
+def test_onnxruntime_computes_what_the_graph_says(name, form):
+    """The reference is onnx's own evaluator in numpy, which knows no fused operation."""
+    task, net = known(name)
+    model = net.graph(everywhere(net, form))
+    onnx.checker.check_model(model, full_check=True)
+    inputs = task.test[0][:7].numpy()
+    model.opset_import[0].version = 19  # of which the evaluator knows DequantizeLinear; it has not changed
+    model.ir_version = 9
+    (wanted,) = onnx.reference.ReferenceEvaluator(model).run(None, {"input": inputs})
+    (found,) = session_of(model).run(None, {"input": inputs})
+    with torch.no_grad():
+        float32 = task.model(task.test[0][:7]).numpy()
+    step = np.ptp(float32) / 255
+    assert np.abs(found - wanted).max() <= 2 * step
+    assert np.abs(found - wanted).mean() <= 0.3 * step
+    assert np.abs(found - float32).mean() <= 0.03 * np.abs(float32).max()
+    assert np.abs(found - float32).max() > 0  # it does round
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "fused", "absent"),
+    [
+        ("residual", "static", {"QLinearConv": 3, "QLinearAdd": 1, "QGemm": 1}, {"Conv", "Gemm", "Relu", "Add"}),
+        ("mlp", "static", {"QGemm": 3}, {"Gemm", "MatMul", "Relu"}),
+        ("pair", "dynamic", {"DynamicQuantizeMatMul": 3}, {"MatMulInteger", "Gemm", "Add"}),
+        ("words", "dynamic", {"DynamicQuantizeMatMul": 3}, {"MatMul", "MatMulInteger"}),
+        ("words", "static", {"MatMulIntegerToFloat": 2, "QGemm": 1}, {"MatMul", "Gemm"}),
+    ],
+)
+def test_every_layer_becomes_one_operation(name, form, fused, absent, tmp_path):
+    _, net = known(name)
+    kinds = operations(net.graph(everywhere(net, form)), tmp_path)
+    assert {kind: kinds.count(kind) for kind in fused} == fused
+    assert not absent & set(kinds)
+
+
+def test_weights_in_small_forms_are_folded_before_they_are_fused(tmp_path):
+    torch.manual_seed(0)
+    task = task_of("residual")
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_((parameter / parameter.std()).round().clamp(-1, 1) * 0.1)
+    net = net_of(task, tmp_path)
+    forms = everywhere(net, "static")
+    (model, small), (plain, none) = net.final(forms, small=True), net.final(forms, small=False)
+    assert {form.kind.split(",")[0] for name, form in small.items() if name.endswith(":w")} == {"int8"}
+    made, as_it_is = deploy_onnx.inserted(model, small), deploy_onnx.inserted(plain, none)
+    assert made.ByteSize() < as_it_is.ByteSize() - 2000
+    assert operations(made, tmp_path) == operations(as_it_is, tmp_path)
+    feed = {"input": task.test[0][:5].numpy()}
+    assert np.array_equal(session_of(made).run(None, feed)[0], session_of(as_it_is).run(None, feed)[0])
+
+
+def test_a_weight_read_in_two_ways_is_rounded_and_nothing_more(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.mix = nn.Embedding(300, 16), nn.Linear(16, 16)
+
+        def forward(self, tokens):
+            return F.linear(self.mix(self.rows(tokens)).mean(1), self.rows.weight)
+
+    task = make_task(Tied(), (torch.randint(0, 300, (64, 5)),))
+    net = net_of(task, tmp_path)
+    assert [(layer.name, layer.kind) for layer in net.layers] == [("mix.weight", "matmul"), ("rows.weight", "constant")]
+    model, forms = net.final({net.layers[0]: "dynamic", net.layers[1]: "weights"}, small=True)
+    made = deploy_onnx.inserted(model, forms)
+    assert made.ByteSize() < 300 * 16 + 3000
+    feed = {"input": task.test[0][:9].numpy()}
+    with torch.no_grad():
+        wanted = task.model(task.test[0][:9]).numpy()
+    assert np.abs(session_of(made).run(None, feed)[0] - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+# ---------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize(
+    ("row", "step"),
+    [([0, 0.5, -1.5, 3.5], 0.5), ([0.0, 0.0], 1.0), ([3.0, -3.0], 3.0), ([0.1, 12.7], 0.1), ([0.1, 12.8], 0.0),
+     ([1.0, 2**0.5, 3**0.5], 0.0)],
+)  # fmt: skip
+def test_a_grid_is_found(row, step):
+    assert int8_weights.step_of(np.array(row, np.float32), 127) == pytest.approx(step, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 3), (8, 40), (5, 1, 3, 3)])
+def test_no_two_neighbours_overflow(shape):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape).astype(np.float32)
+    found = int8_weights.rounded(weight, 0, alone=False)
+    orders = [found.levels, np.moveaxis(found.levels, 1, -1)]
+    for order, row in itertools.product(orders, range(shape[0])):
+        flat = order[row].reshape(-1).astype(int)
+        for a, b in itertools.pairwise(flat):
+            for x, y in ((255, 255), (255, 0), (0, 255)):
+                assert -(2**15) <= x * a + y * b < 2**15
+    scale = np.abs(weight.reshape(shape[0], -1)).max(1) / 64  # what seven bits without that care give
+    flat = weight.reshape(shape[0], -1)
+    seven = np.rint(flat / scale[:, None]) * scale[:, None]
+    assert np.square(found.values() - weight).sum() <= np.square(seven - flat).sum()
+
+
+def test_a_grid_is_kept_to_the_bit_level():
+    rng = np.random.default_rng(1)
+    levels = rng.integers(-7, 8, (12, 30))
+    scales = rng.uniform(0.01, 1, 12).astype(np.float32)
+    weight = levels.astype(np.float32) * scales[:, None]
+    found = int8_weights.rounded(weight, 0, alone=False)
+    assert found.exact
+    np.testing.assert_allclose(found.values(), weight, rtol=1e-6)
+    assert (np.abs(found.levels) <= 7).all()
+
+
+# ---------------------------------------------------------------------- ranges
+
+
+def seen_of(values):
+    return int8_calibrate.Seen([values.reshape(-1)], values, {}, {})
+
+
+def test_the_range_of_evenly_spread_values_is_all_of_them():
+    values = np.linspace(0, 2.55, 10001, dtype=np.float32).reshape(1, -1)
+    grid = int8_calibrate.chosen_range(seen_of(values), [])
+    assert (grid.scale, grid.zero_point) == (pytest.approx(0.01, rel=2e-3), 0)
+
+
+def test_a_lone_outlier_is_cut_off():
+    """The error of uniform rounding is step^2 / 12 for each value, of clipping (1000 - top)^2 for one."""
+    rng = np.random.default_rng(0)
+    values = np.append(rng.uniform(-1, 1, 300_000), 12).astype(np.float32)
+    sample = torch.from_numpy(values).double()
+    grid = int8_calibrate.chosen_range(seen_of(values), [])
+    found = float((grid(sample) - sample).square().mean())
+    whole = (13 / 255) ** 2 / 12
+    assert found < 0.9 * whole
+    assert grid.scale < 0.9 * 13 / 255
+
+
+def test_the_artifacts_own_ranges_are_used(tmp_path):
+    task = task_of("mlp")
+    grids = {"0": Grid(8, 0.03, 110), "2": Grid(8, 0.017, 0), "4": Grid(4, 0.2, 0)}
+    for name, grid in grids.items():
+        attach(task.model, name, grid)
+    net = net_of(task, tmp_path)
+    found = {layer.name: net.ranges[layer.sources[0]] for layer in net.layers}
+    assert [(g.bits, g.scale, g.zero_point) for g in found.values()] == [
+        (8, pytest.approx(grid.scale), grid.zero_point) for grid in grids.values()
+    ]
+    kinds = [node.op_type for node in net.model.graph.node]
+    assert kinds.count("Round") == 1  # of four bits: its levels are among those of 8, but values beyond are not cut off
+    model = net.graph(everywhere(net, "static"))
+    inputs = task.test[0][:50]
+    (ours,) = session_of(model).run(None, {"input": inputs.numpy()})
+    with torch.no_grad():
+        wanted = task.model(inputs).numpy()
+    assert np.abs(ours - wanted).mean() < 0.03 * np.abs(wanted).max()
+
+
+def test_test_data_calibrates_nothing(tmp_path):
+    task, net = known("mlp")
+    other = net_of(replace(task, test=(1000 * task.test[0], task.test[1])), tmp_path)
+    assert other.ranges == net.ranges
+
+
+def test_ranges_with_other_readers_stay_in_the_graph():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x.relu() + self.a(x.relu())
+
+    net = Both().eval()
+    attach(net, "a", Grid(8, 0.01, 0))
+    model, _ = deploy_onnx.graph_of(net, {"input": torch.randn(2, 8)}, False, ["output"], whole=True)
+    fixed = own_ranges(model)
+    (layer, *_) = [layer for layer in layers_of(model) if layer.kind == "gemm"]
+    assert set(fixed) in ({layer.sources[0]}, {"relu_1"})
+
+
+def test_the_corrected_bias_keeps_the_mean():
+    _, net = known("mlp")
+    layer = net.layers[0]
+    x = np.concatenate([call["input"] for call in net.calls]).astype(np.float64)
+    rounded = x @ net.weights[layer].values() + net.biases[layer]
+    np.testing.assert_allclose(rounded.mean(0), (x @ layer.values + layer.bias).mean(0), atol=1e-5)
+
+
+# ---------------------------------------------------------------------- the choice
+
+
+def fake(seconds):
+    """A timer of plans whose call takes the sum of its groups' seconds by form."""
+    return lambda plans: [1.0 + sum(seconds[k][form] for k, form in enumerate(plan)) for plan in plans]
+
+
+STARTS = [{"": "static"}, {"": "dynamic"}, {"": "weights"}]
+
+
+def test_layers_take_the_fastest_form_and_the_smallest_of_equals():
+    groups = [Group(name, {"static": 10, "weights": 12, "dynamic": 10}) for name in "abc"]
+    groups.append(Group("d", {"static": 10, "weights": 4}))
+    seconds = [
+        {"static": 0.5, "weights": 0.1, "dynamic": 0.4},  # slower in 8 bits
+        {"static": 0.1, "weights": 0.5, "dynamic": 0.3},
+        {"static": 0.3, "weights": 0.5, "dynamic": 0.1},
+        {"static": 0.1, "weights": 0.101},  # equal: the smaller
+    ]
+    found = chosen(groups, STARTS, fake(seconds))
+    assert [choice.form for choice in found] == ["weights", "static", "dynamic", "weights"]
+    assert [choice.because for choice in found] == ["fastest"] * 3 + ["smallest, or most exact, of the equally fast"]
+    assert set(found[0].seconds) == {"static", "weights", "dynamic"}
+
+
+def test_neighbours_are_told_from_the_whole_call():
+    """Two layers are fast in 8 bits only together: one alone has to change to and fro."""
+    groups = [Group(name, {"static": 1, "weights": 1}) for name in "ab"]
+    cost = {("static", "static"): 1.0, ("weights", "weights"): 2.0}
+    found = chosen(groups, STARTS, lambda plans: [cost.get(plan, 3.0) for plan in plans])
+    assert [choice.form for choice in found] == ["static", "static"]
+
+
+@pytest.mark.parametrize(("slow", "form"), [("static", "weights"), ("weights", "static")])
+def test_a_measured_file_follows_the_timer(tmp_path, monkeypatch, slow, form):
+    task = task_of("residual")
+    artifact = compressed(task, LayerPlan(), tmp_path)
+
+    def time(_, plans):
+        return [1.0 + sum(f == slow for f in plan) for plan in plans]
+
+    monkeypatch.setattr(int8.Timer, "__call__", time)
+    monkeypatch.setattr(verify, "QUANTIZED_METRIC_TOLERANCE", 0.2)  # of 96 noisy examples
+    manifest = export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
+    forms = {name: found["form"] for name, found in manifest["layers"].items() if name.endswith("weight")}
+    assert forms["stem.weight"] == forms["body.weight"] == form
+    kinds = operations(onnx.load(tmp_path / "out" / manifest["file"]), tmp_path)
+    assert kinds.count("QLinearConv") == (3 if form == "static" else 0)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def test_the_manifest_tells_the_truth(tmp_path):
+    task = task_of("words")
+    artifact = compressed(task, LayerPlan(), tmp_path)
+    out = tmp_path / "out"
+    manifest = export(artifact, task, "onnx-int8", out, FACTS)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    file = out / manifest["file"]
+    assert file.stat().st_size == manifest["size_bytes"]
+    told = manifest["verification"]
+    session = session_of(file)
+    outputs = torch.from_numpy(session.run(None, {"input": task.test[0].numpy()})[0])
+    assert told["metric_exported"] == task.metric(outputs, task.test[1])
+    assert told["metric_difference"] == told["metric_exported"] - told["metric_artifact"]
+    assert told["max_abs_difference"] > 0
+    assert {"rows.weight", "up.weight", "down.weight", "head.weight"} <= set(manifest["layers"])
+    for size in (1, 3, 50):
+        assert session.run(None, {"input": task.test[0][:size].numpy()})[0].shape == (size, 5)
+    assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_a_sparse_artifact_of_few_bits_keeps_its_levels_and_stays_small(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    task = make_task(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), (torch.randn(128, 64),))
+    artifact = compressed(task, LayerPlan(bits=3, threshold=1.0, quantizer="uniform"), tmp_path)
+    monkeypatch.setattr(int8.Timer, "__call__", lambda _, plans: [sum(f != "static" for f in p) for p in plans])
+    monkeypatch.setattr(int8.Timer, "as_fast", lambda *_: True)
+    manifest = export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
+    layers = manifest["layers"]
+    assert [found["form"] for found in layers.values()] == ["static"] * 2
+    assert all(found["keeps_its_levels"] for found in layers.values())
+    weights = sum(p.numel() for p in task.model.parameters() if p.dim() > 1)
+    assert manifest["size_bytes"] < 0.5 * weights + 4000
+
+
+def test_layers_that_harm_are_left_in_float32(tmp_path):
+    """The metric is so strict that only the very weights will do."""
+    torch.manual_seed(0)
+    inputs = torch.randn(80, 40)
+    model = mlp().eval()
+    with torch.no_grad():
+        targets = model(inputs)
+    task = int8_task(model, (inputs, targets), lambda y, t: 1e6 * float((y - t).square().mean()))
+    artifact = compressed(task, LayerPlan(), tmp_path)
+    manifest = export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
+    assert {found["form"] for found in manifest["layers"].values()} == {"float32"}
+    assert "fell too far" in next(iter(manifest["layers"].values()))["because"]
+    assert manifest["verification"]["metric_exported"] < 0.01
+
+
+def int8_task(model, data, metric):
+    from autocompress.tasks.task import Task
+
+    return Task(model, data, data, data, F.mse_loss, metric, "minimize")
+
+
+def test_a_file_that_does_not_hold_leaves_nothing(tmp_path, monkeypatch):
+    task = task_of("mlp")
+    artifact = compressed(task, LayerPlan(), tmp_path)
+    monkeypatch.setattr(verify, "QUANTIZED_METRIC_TOLERANCE", -2.0)
+    with pytest.raises(ExportError, match="in 8 bits the metric"):
+        export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("reference", "found", "direction", "good"),
+    [(0.9, 0.89, "maximize", True), (0.9, 0.8899, "maximize", False), (0.9, 1.0, "maximize", True),
+     (50.0, 50.5, "minimize", True), (50.0, 50.51, "minimize", False), (50.0, 3.0, "minimize", True)],
+)  # fmt: skip
+def test_how_far_a_metric_may_fall(reference, found, direction, good):
+    task = make_task(mlp(), (torch.randn(4, 40),))
+    assert int8.holds(reference, found, replace(task, direction=direction)) is good
