@@ -490,7 +490,7 @@ def test_largest_difference_sees_shapes_and_nan():
 
 def test_bad_calls_are_one_clear_line(smoke, tmp_path):
     task, artifact, _, _ = smoke
-    with pytest.raises(UsageError, match="unknown export format 'tflite'; allowed: archive, onnx, torch"):
+    with pytest.raises(UsageError, match="unknown export format 'tflite'; allowed: archive, onnx, onnx-int8, torch"):
         export(artifact, task, "tflite", tmp_path, FACTS)
     (tmp_path / "file").write_text("x")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
