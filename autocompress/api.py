@@ -51,6 +51,7 @@ def search(
     time_budget: str | float | None = None,
     finetune_epochs: float | None = None,
     effort: str = "auto",
+    target: str = "archive",
     inherit: bool = False,
     tracking_uri: str | None = None,
     data_dir: str | Path | None = None,
@@ -63,7 +64,9 @@ def search(
 
     `trials` (40) counts all trials of the study. A study of that `name` is continued if task, data,
     space and seed are the same (StudyError otherwise). `time_budget` ("10m" or seconds) ends the
-    search early; what is finished is kept. `effort` is the coder of the artifacts: "auto" (the
+    search early; what is finished is kept. `target` says whose bytes are to be few: "archive" (the artifact), or a
+    deployment, "onnx", "onnx-int8", "executorch" or "executorch-int8", measured at each rung as its export would be
+    written; its float32 export is then what ratios go by. `effort` is the coder of the artifacts: "auto" (the
     shortest of ours), "fast", "max", or "huffman" (Deep Compression's). With `inherit` a trial goes on
     from the state of the nearest milder plan of the front; the sampler "continuation" does so always
     (its default space is "continuation"), with about 2,000 steps of finetuning a trial when
@@ -73,10 +76,12 @@ def search(
     when it is stopped.
     """
     from autocompress import engine
+    from autocompress.deploy.target import check_target
     from autocompress.search.samplers import check_sampler
 
     check_numbers(DEFAULT_TRIALS if trials is None else trials, seed, finetune_epochs)
     check_effort(effort)
+    check_target(target)
     engine.plan_cluster(workers, address)
     check_sampler(sampler)
     budget = None if time_budget is None else parse_time(time_budget)
@@ -97,6 +102,7 @@ def search(
         budget=budget,
         epochs=finetune_epochs,
         effort=effort,
+        target=target,
         inherit=inherit,
         tracking_uri=tracking_uri,
         address=address,
@@ -149,6 +155,7 @@ def resume(
         budget=None if time_budget is None else parse_time(time_budget),
         epochs=settings.epochs,
         effort=settings.effort,
+        target=settings.target,
         inherit=settings.inherit,
         tracking_uri=tracking_uri,
         address=address,
@@ -179,6 +186,7 @@ def _search(
     budget: float | None,
     epochs: float | None,
     effort: str,
+    target: str,
     inherit: bool,
     tracking_uri: str | None,
     address: str | None,
@@ -187,16 +195,15 @@ def _search(
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
+    from autocompress.deploy.target import FileSize
     from autocompress.search.continuation import (
         CONTINUATION,
         chains_within,
-        check_continuable,
         is_continuable,
         steps_within,
     )
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder
-    from autocompress.search.space_file import load_space
     from autocompress.session import Session, Silent
     from autocompress.tasks.batches import metric_name
     from autocompress.tasks.checking import check_task
@@ -210,17 +217,13 @@ def _search(
     check_task(task)
     bench = Workbench(task)
     along = sampler == CONTINUATION
-    found = load_space(CONTINUATION if space is None and along else space, bench.layers, bench.rank_errors)
-    if along:
-        check_continuable(found)
-    preflight.check_space(found, bench)
+    found = _space(space, bench, target, along=along)
     priced = is_continuable(found)
     if epochs is None and along and name is not None and records.file(name).exists():
         before = StudyStore.open(records.file(name))
         epochs, trials = before.settings.epochs, before.asked if trials is None else trials
     trials, epochs = _scope(bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
-    chains = chains_within(sweep or trials - 1, cluster.workers)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -228,7 +231,7 @@ def _search(
         direction=task.direction,
         seed=seed,
         sampler=sampler,
-        baseline_bytes=bench.baseline_bytes(),
+        baseline_bytes=FileSize(target).baseline(bench) or bench.baseline_bytes(),
         layers=bench.layers,
         space=found.source,
         fingerprint={**fingerprint(task), "space": found.fingerprint()},
@@ -240,10 +243,11 @@ def _search(
         versions=versions(),
         origin=origin,
         effort=effort,
+        target=target,
         inherit=inherit or priced,
         sweep=sweep,
-        chain=steps_within(sweep or trials - 1, chains),
-        chains=chains,
+        chain=steps_within(sweep or trials - 1, chains_within(sweep or trials - 1, cluster.workers)),
+        chains=chains_within(sweep or trials - 1, cluster.workers),
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)
@@ -270,11 +274,28 @@ def _search(
         session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
             if left:
-                trial = partial(run_trial, effort=settings.effort)
+                trial = partial(run_trial, effort=settings.effort, size=FileSize(target))
                 engine.run(task, session, cluster, left, settings.rungs, trial=trial, states=settings.inherit)
             _note_tests(store, records, task, bench)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
+
+
+def _space(space: Any, bench: Workbench, target: str, *, along: bool) -> Space:
+    """The search space, read and checked; where none is named the one that suits a continuation, or the target."""
+    from autocompress import preflight
+    from autocompress.deploy.target import RANKS_ONLY, RANKS_SPACE, check_holds
+    from autocompress.search.continuation import CONTINUATION, check_continuable
+    from autocompress.search.space_file import load_space
+
+    if space is None:
+        space = CONTINUATION if along else RANKS_SPACE if target in RANKS_ONLY else None
+    found = load_space(space, bench.layers, bench.rank_errors)
+    if along:
+        check_continuable(found)
+    preflight.check_space(found, bench)
+    check_holds(target, found)
+    return found
 
 
 def _scope(
@@ -449,6 +470,7 @@ def _same_study(old: Settings, new: Settings) -> None:
         ("sampler", old.sampler, new.sampler),
         ("finetune-epochs", old.epochs, new.epochs),
         ("effort", old.effort, new.effort),
+        ("target", old.target, new.target),
         ("inherit", old.inherit, new.inherit),
     )
     for what, before, now in pairs:

@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         help="finetuning of a trial (about 500 steps; continuation: 2000, or what fills --time-budget)",
     )
     _effort_option(search, "auto", "coder of the artifacts")
+    known = "whose bytes count: archive, onnx, onnx-int8, executorch or executorch-int8 (archive)"
+    search.add_argument("--target", default="archive", metavar="T", help=known)
     _data_option(search)
     resume = add("resume", _resume, "Go on with a study after any stop.", _search_options, _goal_options)
     resume.add_argument("study", metavar="STUDY", nargs="?", help="the study (default: the latest)")
@@ -128,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 def _export_options(command: argparse.ArgumentParser) -> None:
     known = "knee, smallest, best or trial=N (limits: smallest, else knee)"
     command.add_argument("--pick", default=None, metavar="WHICH", help=known)
-    known = "archive, onnx, torch, executorch, executorch-int8 or mlflow (onnx)"
+    known = "archive, onnx, onnx-int8, torch, executorch, executorch-int8 or mlflow (onnx)"
     command.add_argument("--format", default="onnx", metavar="FORMAT", help=known)
     _effort_option(command, None, "code an archive anew")
     command.add_argument("--register", metavar="NAME", help="register the MLflow model (--format mlflow) as NAME")
@@ -222,6 +224,7 @@ def _search(options: argparse.Namespace) -> int:
             time_budget=options.time_budget,
             finetune_epochs=options.finetune_epochs,
             effort=options.effort,
+            target=options.target,
             inherit=options.inherit,
             tracking_uri=options.tracking_uri,
             data_dir=options.data_dir,
@@ -315,7 +318,8 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
     say(f"look:     autocompress front {record.study}{folder}   or   autocompress ui {record.study}{folder}")
     say(f"MLflow:   {_link(record, folder)}")
     if record.front:
-        say(f"export:   autocompress export {record.study}{folder}{goal or ' --max-drop 1%'} --format onnx -o deploy")
+        aim = "onnx" if record.target == "archive" else record.target
+        say(f"export:   autocompress export {record.study}{folder}{goal or ' --max-drop 1%'} --format {aim} -o deploy")
 
 
 def _front(options: argparse.Namespace) -> int:

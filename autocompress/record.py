@@ -78,7 +78,8 @@ class StudyRecord:
     """One study: its settings, its trials by number, and what follows from them.
 
     `task` is what the user named (a built-in name, "module:function", "file.py:function"),
-    `metric` the metric's name, `baseline_bytes` the model's float32 state as a safetensors file,
+    `metric` the metric's name, `baseline_bytes` the model's float32 state as a safetensors file, or its float32 export
+    where sizes are those of another `target` than the archive,
     `asked` how many trials were asked for, `space` the search space as it was read, `versions`
     those of the packages that matter, `tracking` the MLflow tracking URI, experiment and run.
     """
@@ -102,6 +103,7 @@ class StudyRecord:
     run_id: str | None = None
     sampler: str = "tpe"
     workers: int = 1
+    target: str = "archive"
 
     @property
     def sign(self) -> float:
@@ -217,6 +219,7 @@ class StudyRecord:
             "metric": self.metric,
             "direction": self.direction,
             "seed": self.seed,
+            "target": self.target,
             "trials": {state: self.count(state) for state in ("complete", "stopped", "failed")},
             "baseline": {
                 "size_bytes": self.baseline_bytes,

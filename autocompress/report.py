@@ -97,9 +97,13 @@ def baseline_text(record: StudyRecord) -> str:
     """The uncompressed model on one line."""
     base = record.baseline
     if base is None or base.best is None:
-        return f"baseline  {human_bytes(record.baseline_bytes)} of float32, not measured yet"
+        return f"baseline  {human_bytes(record.baseline_bytes)} {_of_float32(record)}, not measured yet"
     val, test = metric_text(base.best.metric_val), metric_text(base.metric_test)
-    return f"baseline  {human_bytes(record.baseline_bytes)} of float32, {record.metric} {val} (test {test})"
+    return f"baseline  {human_bytes(record.baseline_bytes)} {_of_float32(record)}, {record.metric} {val} (test {test})"
+
+
+def _of_float32(record: StudyRecord) -> str:
+    return "of float32" if record.target == "archive" else f"of float32 (sizes are those of {record.target} files)"
 
 
 def front_table(record: StudyRecord) -> Table:

@@ -318,6 +318,10 @@ class Workbench:
         return len(save({k: t.float() if t.is_floating_point() else t for k, t in floats.items()}))
 
 
+def _length(_: Task, artifact: bytes) -> int:
+    return len(artifact)
+
+
 def run_trial(
     task: Task | Workbench,
     plan: Plan,
@@ -326,17 +330,19 @@ def run_trial(
     start: State | None = None,
     *,
     effort: str = container.AUTO,
+    size: Callable[[Task, bytes], int] = _length,
 ) -> Iterator[Outcome]:
     """The outcomes of a plan, one at each rung of the budget, from a model that the file decodes to.
 
-    `start` is the state of a finished trial to go on from, `effort` the coder of the files
+    `start` is the state of a finished trial to go on from, `size(task, artifact)` what counts as size where that is
+    not the file's own length (`deploy.target`), `effort` the coder of the files
     (`codec.container.EFFORTS`). Nothing global is changed: the random
     state is put back between outcomes. Raises PlanError for a plan that the layers cannot carry
     out and TrialFailed where the loss or the metric is not finite.
     """
     bench = task if isinstance(task, Workbench) else Workbench(task)
     check(plan, bench.layers)
-    steps = _outcomes(bench, plan, budget or Budget(), seed, start, effort=effort)
+    steps = _outcomes(bench, plan, budget or Budget(), seed, start, effort=effort, size=size)
     generator = _Seeded(seed)
     while True:
         with generator:
@@ -347,7 +353,14 @@ def run_trial(
 
 
 def _outcomes(
-    bench: Workbench, plan: Plan, budget: Budget, seed: int, start: State | None, *, effort: str
+    bench: Workbench,
+    plan: Plan,
+    budget: Budget,
+    seed: int,
+    start: State | None,
+    *,
+    effort: str,
+    size: Callable[[Task, bytes], int],
 ) -> Iterator[Outcome]:
     began = time.monotonic()
     recipe, specs = plan.recipe, bench.layers
@@ -377,7 +390,8 @@ def _outcomes(
         data = artifact.write(bench.task.model, model.plan, tensors, autocompress.__version__, effort, grids=grids)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         metric = evaluate(bench.task, decoded, "val")
-        numbers = Measurement(rung, epoch, len(data), metric, macs_of(specs, model.plan), time.monotonic() - began)
+        length = size(bench.task, data)
+        numbers = Measurement(rung, epoch, length, metric, macs_of(specs, model.plan), time.monotonic() - began)
         yield Outcome(numbers, data, model.state)
 
 

@@ -66,7 +66,7 @@ def run_here(task, ledger, cluster, trials, rungs, *, trial=None, states=False) 
         error = None
         try:
             start = None if job.start is None else lineage.unpack(job.start, f"the state of trial {job.parent}")
-            for outcome, last in _with_last(run_trial(bench, job.plan, Budget(rungs), job.seed, start)):
+            for outcome, last in _with_last((trial or run_trial)(bench, job.plan, Budget(rungs), job.seed, start)):
                 state = lineage.pack(outcome.state()) if states and last else None
                 ledger.measured(job.number, outcome.measurement, outcome.artifact, last, state)
         except Exception as problem:

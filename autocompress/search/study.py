@@ -47,7 +47,8 @@ class Settings:
     """What holds for a whole study; plain JSON types apart from the layers.
 
     `epochs`: finetuning of a recipe that names none. `steps`: uniform plans after trial 0.
-    `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`. `inherit`: whether trials go on
+    `effort`: the coder of the artifacts, one of `codec.container.EFFORTS`. `target`: the format whose files' bytes are
+    the sizes of trials, one of `deploy.target.TARGETS`. `inherit`: whether trials go on
     from the states of finished ones. `sweep`: trials by continuation after trial 0, before the sampler's.
     `chains` of a continuation (0: one a worker), and by `chain` the steps of each from the lowest price to the highest.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
@@ -75,6 +76,7 @@ class Settings:
     sweep: int = 0
     chain: int = STEPS
     chains: int = 0
+    target: str = "archive"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -280,6 +282,7 @@ class StudyStore:
             run_id=self._tracking.get("run_id"),
             sampler=s.sampler,
             workers=self.workers,
+            target=s.target,
         )
         for number in {*(t.number for t in record.front), *([0] if record.baseline else [])}:
             trials[number] = replace(trials[number], artifact=artifact_path(s.study, number))

@@ -153,14 +153,14 @@ def study_tags(record: StudyRecord) -> dict[str, str]:
 
 def study_params(record: StudyRecord) -> dict[str, str]:
     """The parent run's parameters: what was asked when the study began."""
-    keys = ("task", "metric", "direction", "sampler", "seed", "workers", "asked")
+    keys = ("task", "metric", "direction", "sampler", "target", "seed", "workers", "asked")
     return {key: cut(str(getattr(record, key))) for key in keys}
 
 
 def study_settings(record: StudyRecord) -> dict[str, Any]:
     """The study without its trials, as plain JSON: the artifact study.json."""
-    keys = ("study", "task", "metric", "direction", "seed", "sampler", "workers", "asked", "command", "created")
-    return {key: getattr(record, key) for key in keys} | {
+    keys = ("study", "task", "metric", "direction", "seed", "sampler", "target", "workers", "asked")
+    return {key: getattr(record, key) for key in (*keys, "command", "created")} | {
         "baseline_bytes": record.baseline_bytes,
         "versions": dict(record.versions),
         "fingerprint": dict(record.fingerprint),

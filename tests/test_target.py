@@ -1,0 +1,102 @@
+"""Searches for a deployment's bytes: sizes are those of the file that an export writes."""
+
+import json
+
+import pytest
+import torch
+from local_search import local, one_thread, write_task  # noqa: F401 (fixtures)
+from test_cli import done, fail, work  # noqa: F401 (fixtures)
+from test_deploy import FACTS, compressed, make_task, mlp
+from test_trial import task_of
+from torch import nn
+
+from autocompress.deploy import target
+from autocompress.deploy.export import export
+from autocompress.deploy.target import FileSize, check_holds, check_target
+from autocompress.errors import SpaceError, UsageError
+from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.search.space_file import load_space
+from autocompress.trial import Budget, Workbench, run_trial
+
+
+def test_a_size_is_that_of_the_exported_file(tmp_path):
+    task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
+    with torch.no_grad():
+        first = next(m for m in task.model.modules() if isinstance(m, nn.Linear))
+        first.weight[:5] = 0  # units to cut
+    artifact = compressed(task, LayerPlan(bits=3, threshold=1.0), tmp_path)
+    data = artifact.read_bytes()
+    manifest = export(artifact, task, "onnx", tmp_path / "out", FACTS)
+    assert manifest["cut"]["dead_units"] >= 5
+    assert FileSize("onnx")(task, data) == manifest["size_bytes"]
+    assert FileSize("archive")(task, data) == len(data)
+    bench = Workbench(task)
+    assert FileSize("archive").baseline(bench) is None
+    whole = sum(p.numel() * 4 for p in task.model.parameters())
+    assert whole < FileSize("onnx").baseline(bench) < whole + 2000
+    assert FileSize("onnx-int8").baseline(bench) == FileSize("onnx").baseline(bench)
+    assert 0 < FileSize("onnx-int8")(task, data) < whole
+
+
+def test_a_trial_measures_it_at_each_rung():
+    task = task_of()
+    bench = Workbench(task)
+    plan = Plan({spec.name: LayerPlan(bits=3, threshold=0.5) for spec in bench.layers}, Recipe(1.0))
+    found = list(run_trial(bench, plan, Budget((0.0, 1.0)), size=FileSize("onnx")))
+    for outcome in found:
+        assert outcome.measurement.size_bytes == FileSize("onnx")(task, outcome.artifact) > len(outcome.artifact)
+
+
+@pytest.mark.parametrize("given", ["tflite", "", "torch", "ONNX"])
+def test_a_target_must_be_known(given):
+    with pytest.raises(
+        UsageError, match=r"target is .*, allowed: archive, onnx, onnx-int8, executorch, executorch-int8"
+    ):
+        check_target(given)
+
+
+def test_what_a_target_cannot_hold_is_told_by_name():
+    bench = Workbench(task_of())
+    for name in ("quantize_only", "prune_only", "default", "continuation"):
+        space = load_space(name, bench.layers, bench.rank_errors)
+        check_holds("onnx", space)
+        check_holds("onnx-int8", space)
+        with pytest.raises(SpaceError, match=r"sets (bits|threshold) \(layer '0': .*target 'executorch'.*rank"):
+            check_holds("executorch", space)
+    check_holds("executorch", load_space(target.RANKS_SPACE, bench.layers, bench.rank_errors))
+    priced = {"version": 1, "layers": [{"match": "*", "rank": [0.2, 1.0]}], "recipe": {"rate": 0.5}}
+    rates = load_space(priced, bench.layers, bench.rank_errors)
+    with pytest.raises(SpaceError, match=r"sets (rate|bits)"):
+        check_holds("executorch-int8", rates)
+
+
+@pytest.fixture
+def studied(work, local):  # noqa: F811
+    write_task(work)
+    return ["waves.py:task", "--study", "waves", "--trials", "4", "--finetune-epochs", "0.2"]
+
+
+def test_a_search_for_onnx(work, studied, done, fail, tmp_path):  # noqa: F811
+    text = done("search", *studied, "--target", "onnx")
+    assert "(sizes are those of onnx files)" in text
+    assert "--format onnx -o deploy" in text
+    front = json.loads(done("front", "waves", "--json"))
+    assert front["target"] == "onnx"
+    for point in front["front"]:
+        done("export", "waves", "--pick", f"trial={point['trial']}", "--format", "onnx", "-o", str(tmp_path / "out"))
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert manifest["size_bytes"] == point["size_bytes"]
+    assert "exists with target onnx, not archive" in fail(2, "search", *studied)
+    done("resume", "waves", "--trials", "5")
+    assert json.loads(done("front", "waves", "--json"))["target"] == "onnx"
+
+
+def test_what_cannot_be_shipped_is_refused_before_the_search(work, studied, fail, monkeypatch):  # noqa: F811
+    assert "target is 'tflite'" in fail(2, "search", *studied, "--target", "tflite")
+    monkeypatch.setattr("autocompress.deploy.executorch.require", lambda fmt: None)
+    said = fail(2, "search", *studied, "--target", "executorch", "--space", "quantize_only")
+    assert "sets bits" in said
+    write_task(work, "\nNet.forward = lambda self, x: self.first(x)[:, 0] * float(x.sum())\n", name="odd.py")
+    said = fail(1, "search", "odd.py:task", *studied[1:], "--target", "onnx")
+    assert "does not compute what the artifact does" in said
+    assert not (work / "autocompress_runs" / "studies" / "waves").exists()
