@@ -283,7 +283,8 @@ def test_the_parent_run(live: tuple[StudyRecord, MlflowTracker], store: tuple[st
     assert run.data.tags["autocompress.role"] == "study"
     assert run.data.tags["mlflow.note.content"] == describe(record)
     assert run.data.tags["autocompress.command"] == record.command
-    expected = {"sampler": "tpe", "seed": "0", "workers": "1", "task": "digits", "metric": "accuracy", "asked": "24"}
+    expected = {"sampler": "tpe", "target": "archive", "seed": "0", "workers": "1", "task": "digits"}
+    expected |= {"metric": "accuracy", "asked": "24"}
     assert run.data.params == expected | {"direction": "maximize"}
     history = {m.step: m.value for m in client.get_metric_history(home.run_id, "hypervolume")}
     assert history == pytest.approx({n: record.hypervolume(n) for n in range(24)})
