@@ -7,10 +7,12 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,12 +29,13 @@ import pytest
 import torch
 from headless import browser, free_port, missing  # noqa: F401 (one is a fixture)
 from test_deploy import FACTS, SMALL, compressed, make_task
+from test_executorch import HERE
 from torch import nn
 
 from autocompress import cli
 from autocompress.compress.artifact import load
 from autocompress.deploy import verify
-from autocompress.deploy.export import export
+from autocompress.deploy.export import FILES, export
 from autocompress.plan import LayerPlan
 from autocompress.tasks import nets
 from autocompress.tasks.folders import cache_root
@@ -50,10 +53,12 @@ PROGRAMS = {
     "torch": "run.py",
     "Archive": "run.py",
     "Archive without autocompress": "run.py",
+    "ExecuTorch": "run.py",
+    "mlflow models serve": "run.py",
 }
 """By heading, the name of the page's program."""
 BATCHES = (1, 32)
-INSTALL_S, RUN_S = 500, 90
+INSTALL_S, RUN_S = 500, 120
 
 
 @cache
@@ -175,25 +180,29 @@ def check(printed, exports, name):
 def test_every_program_of_the_page_is_run_here():
     assert Counter(heading for heading, language, _ in blocks() if language != "sh") == Counter(list(PROGRAMS))
     commands = {line[0] for heading, language, _ in blocks() if language == "sh" for line in lines(heading)}
-    assert commands == {"autocompress", "pip", "npm", "node", "python"}
+    assert commands == {"autocompress", "pip", "npm", "node", "python", "mlflow"}
 
 
 def test_the_page_exports_in_every_format():
     found = [cli._parser().parse_args(words[1:]) for words in lines("Deploying") if words[0] == "autocompress"]
-    assert [options.format for options in found] == ["onnx", "torch", "archive"]
+    assert sorted(options.format for options in found) == sorted(FILES)
     assert {options.out for options in found} == {"deploy"}
 
 
 @pytest.mark.parametrize("heading", [heading for heading, name in PROGRAMS.items() if name == "run.py"])
 def test_programs_import_what_their_section_says(heading):
     tree = ast.walk(ast.parse(program(heading)))
-    modules = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+    nodes = list(tree)
+    modules = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module).partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     wanted = {
         "onnxruntime in Python": {"onnxruntime"},
         "OpenVINO": {"openvino"},
         "torch": {"torch"},
         "Archive": {"torch", "autocompress"},
         "Archive without autocompress": set(),
+        "ExecuTorch": {"torch", "executorch"},
+        "mlflow models serve": set(),
     }
     assert modules - sys.stdlib_module_names - {"numpy"} == wanted[heading]
 
@@ -218,6 +227,15 @@ def printed(monkeypatch, capsys):
 def test_onnxruntime(name, exports, printed, tmp_path):
     file = place(exports, name, "onnx", "onnxruntime in Python", tmp_path)
     check(printed(file), exports, name)
+
+
+def test_onnxruntime_in_8_bits(exports, printed, tmp_path):
+    file = place(exports, "digits", "onnx-int8", "onnxruntime in Python", tmp_path)
+    assert "`deploy/model.int8.onnx` for the same program" in (ROOT / "docs" / "deploy.md").read_text()
+    file.write_text(file.read_text().replace("model.onnx", "model.int8.onnx"))
+    told = [np.array(json.loads(line)) for line in printed(file).splitlines()]
+    for found, right in zip(told, exports.outputs("digits"), strict=True):
+        assert np.abs(found - right).max() <= 0.15 * np.abs(right).max()
 
 
 @pytest.mark.parametrize("name", ["digits", "lenet300", "residual"])
@@ -332,6 +350,33 @@ def output_of(words, folder):
 def python_of(words):
     """The interpreter of the environment that a line of pip filled."""
     return installed(words) / "venv" / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HERE, reason="the extra executorch is not installed")
+def test_executorch(exports, tmp_path):
+    assert lines("ExecuTorch")[0][:2] == ["pip", "install"]
+    for name in ("digits", "lenet300", "residual"):
+        (tmp_path / name).mkdir()
+        file = place(exports, name, "executorch", "ExecuTorch", tmp_path / name)
+        check(output_of([sys.executable, file], tmp_path / name), exports, name)
+
+
+@pytest.mark.slow
+def test_mlflow_serves(exports, tmp_path):
+    file = place(exports, "digits", "mlflow", "mlflow models serve", tmp_path)
+    port = free_port()
+    serve, _ = lines("mlflow models serve")
+    words = [sys.executable, "-m", *(str(port) if word == "5001" else word for word in serve)]
+    file.write_text(file.read_text().replace(":5001/", f":{port}/"))
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    server = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}, **quiet)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping")
+        check(output_of([sys.executable, file], tmp_path), exports, "digits")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
 
 
 @pytest.mark.slow
