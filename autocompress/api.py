@@ -293,6 +293,10 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool) -> Space:
     found = load_space(space, bench.layers, bench.rank_errors)
     if along:
         check_continuable(found)
+    found, unseen = preflight.where_seen(found, bench)
+    if unseen:
+        names = ", ".join(map(repr, unseen))
+        _log.warning("inputs of %s keep 32 bits: no example reaches them, or their parent computes by itself", names)
     preflight.check_space(found, bench)
     check_holds(target, found)
     return found

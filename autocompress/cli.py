@@ -282,8 +282,13 @@ def _run_search(options: argparse.Namespace, search: Callable[..., Any]) -> int:
         folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
         how = f"go on with: autocompress resume {names[0]}{folder}" if names else "nothing was started"
         return _fail(f"interrupted; what is finished is kept; {how}", 130)
-    _print_end(console, study.record, options)
-    return 0 if study.record.front else _fail("no trial gave a result: there is no front", 1)
+    record = study.record
+    _print_end(console, record, options)
+    if not record.front:
+        return _fail("no trial gave a result: there is no front", 1)
+    if len(record.measured) == 1 and record.count("failed"):
+        return _fail("all trials failed but the uncompressed one: nothing was compressed", 1)
+    return 0
 
 
 def _print_end(console: Console, record: StudyRecord, options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from autocompress.compress.finetune import check_precision, finetune
 from autocompress.errors import PlanError, SpaceError
-from autocompress.plan import LayerSpec, check
+from autocompress.plan import FLOAT_BITS, LayerSpec, check
 from autocompress.search.continuation import STEPS
 from autocompress.search.space import Space, ladder
 from autocompress.tasks.batches import evaluate
@@ -148,6 +148,16 @@ def check_space(space: Space, bench: Workbench) -> None:
         check_precision(plan.recipe.precision, bench.device)
     except PlanError as error:
         raise SpaceError(f"the search space holds plans that cannot work: {error}") from error
+
+
+def where_seen(space: Space, bench: Workbench) -> tuple[Space, list[str]]:
+    """The space with inputs of 32 bits where a layer's inputs cannot be seen, and the labels of those layers."""
+    asked = [layer for layer in space.layers if layer.activation_bits != FLOAT_BITS]
+    unseen = [layer for layer in asked if not bench.grids.sees(layer.spec)]
+    if not unseen:
+        return space, []
+    whole = [replace(layer, activation_bits=FLOAT_BITS) if layer in unseen else layer for layer in space.layers]
+    return replace(space, layers=tuple(whole)), [layer.spec.label for layer in unseen]
 
 
 def filling(

@@ -242,6 +242,7 @@ class StudyRecord:
             "metric_test": trial.metric_test,
             "macs": trial.best.macs,
             "artifact": trial.artifact,
+            "parent": trial.parent,
             "plan": {name or "model": layer.to_json() for name, layer in trial.plan.layers.items()},
             "recipe": trial.plan.recipe.to_json(),
             **({"latencies": [latency.to_json() for latency in trial.latencies]} if trial.latencies else {}),

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocompress.plan import LayerPlan, Plan
+from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.record import Latency, StudyRecord, TrialRecord, name_points
 
 if TYPE_CHECKING:
@@ -51,14 +51,15 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
     """A plan in a few words, its means weighted by the layers' parameters.
 
     "3.2 bits, rank 40 %, < 0.8 std": bits a weight, rank over full rank, and the pruning
-    threshold in standard deviations; the price of a bit where there is one. Empty where the
-    record does not know the layers.
+    threshold in standard deviations; where there are such, bits of layers' inputs, the price of a bit, the weight of
+    InfoMax, a precision other than float32. Empty where the record does not know the layers.
     """
     specs = {spec.name: spec for spec in record.layers}
     if not plan.layers or not plan.layers.keys() <= specs.keys():
         return ""
     if all(
-        layer.rank is None and layer.bits == LayerPlan.bits and not layer.threshold for layer in plan.layers.values()
+        layer.rank is None and layer.bits == layer.activation_bits == LayerPlan.bits and not layer.threshold
+        for layer in plan.layers.values()
     ):
         return "uncompressed"
     total = sum(specs[name].parameters for name in plan.layers)
@@ -75,8 +76,14 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
         parts.append(f"rank {100 * mean(ranks):.0f} %")
     if any(layer.threshold for layer in plan.layers.values()):
         parts.append(f"< {mean({name: layer.threshold for name, layer in plan.layers.items()}):.1f} std")
+    if any(layer.activation_bits != LayerPlan.activation_bits for layer in plan.layers.values()):
+        parts.append(f"inputs {mean({name: layer.activation_bits for name, layer in plan.layers.items()}):.1f} bits")
     if plan.recipe.rate:
         parts.append(f"rate {plan.recipe.rate:.2g}")
+    if plan.recipe.infomax:
+        parts.append(f"infomax {plan.recipe.infomax:.2g}")
+    if plan.recipe.precision != Recipe.precision:
+        parts.append(plan.recipe.precision)
     return ", ".join(parts)
 
 

@@ -39,11 +39,16 @@ def preflight_lines(name: str, found: Preflight) -> list[str]:
     plans = "unlimited plans (some knobs are real numbers)" if math.isinf(found.plans) else f"{found.plans:.3g} plans"
     return [
         f"study {name}: {found.trials} trials to run, {found.workers} at a time with {found.threads} "
-        f"thread{'s' * (found.threads > 1)} each, {found.epochs:.3g} epochs of finetuning a trial",
+        f"thread{'s' * (found.threads > 1)} each, {_epochs(found.epochs)} of finetuning a trial",
         f"space: {found.knobs} knobs, {plans}; {found.share:.1%} of {human_count(found.compressed + found.kept)} "
         f"values compressible, float32 model {human_bytes(found.baseline_bytes)}",
         f"expected: {_expected(found)}, {human_bytes(found.memory_bytes)} of memory",
     ]
+
+
+def _epochs(count: float) -> str:
+    told = f"{count:.3g}"
+    return f"{told} epoch{'s' * (told != '1')}"
 
 
 def _expected(found: Preflight) -> str:

@@ -462,6 +462,21 @@ def test_a_search_in_which_nothing_works_has_failed(work, local, monkeypatch, ca
     assert "autocompress: no trial gave a result" in capsys.readouterr().err
 
 
+def test_a_search_that_compresses_nothing_has_failed(work, local, monkeypatch, capsys):  # noqa: F811
+    def only_the_first(task, ledger, *more, **options):
+        class Ledger:
+            next, measured = ledger.next, ledger.measured
+
+            def ended(self, number, error):
+                ledger.ended(number, "no luck" if number else error)
+
+        run_here(task, Ledger(), *more, **options)
+
+    monkeypatch.setattr("autocompress.engine.run", only_the_first)
+    assert cli.main(search("--trials", "3")) == 1
+    assert "autocompress: all trials failed but the uncompressed one" in capsys.readouterr().err
+
+
 def test_an_interrupted_search_prints_how_to_go_on(work, local, monkeypatch, fail, done):  # noqa: F811
     def interrupted(task, ledger, *more, **options):
         class Ledger:

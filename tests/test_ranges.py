@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autocompress as ac
+from autocompress import preflight
 from autocompress.codec import container
 from autocompress.compress import apply, artifact, lineage, lowrank, ranges
 from autocompress.compress.finetune import finetune
@@ -20,6 +21,7 @@ from autocompress.compress.ranges import Grid, Range, fitted
 from autocompress.deploy.export import export
 from autocompress.errors import ArtifactError, PlanError
 from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.search.space_file import load_space
 from autocompress.trial import Workbench, run_trial
 
 DRAW = torch.Generator().manual_seed(0)
@@ -267,6 +269,20 @@ def test_a_layer_whose_inputs_cannot_be_seen_is_named():
         apply.compress(
             model, layers, Plan({s.name: LayerPlan(activation_bits=8) for s in layers}), lambda s, k: lowrank.svd(X)
         )
+
+
+def test_a_space_leaves_inputs_that_cannot_be_seen_whole():
+    torch.manual_seed(0)
+    bench = Workbench(task(Attentive().eval()))
+    source = {"version": 1, "layers": [{"match": "*", "bits": [3, 6], "activation_bits": [4, 8]}]}
+    space, unseen = preflight.where_seen(load_space(source, bench.layers), bench)
+    assert unseen == ["attention.out_proj"]
+    plan = space.middle(0.0)
+    assert plan.layers["attention.out_proj"].activation_bits == 32
+    assert plan.layers["head"].activation_bits in (4, 8)
+    assert next(run_trial(bench, plan)).measurement.size_bytes > 0
+    plain = load_space({"version": 1, "layers": [{"match": "*", "bits": [3, 6]}]}, bench.layers)
+    assert preflight.where_seen(plain, bench) == (plain, [])
 
 
 def test_bfloat16_inputs_keep_their_dtype():

@@ -13,7 +13,7 @@ import pytest
 from test_tracking import BASELINE_BYTES, LAYERS, synthetic_study, upto, with_test_metrics
 
 from autocompress import report
-from autocompress.plan import LayerPlan, Plan
+from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.record import StudyRecord
 
 
@@ -157,6 +157,11 @@ def test_plan_summary_weighs_layers_by_their_parameters() -> None:
     record = replace(synthetic_study(1), layers=LAYERS)
     assert report.plan_summary(record, plan) == f"{bits:.1f} bits, rank {100 * rank:.0f} %, < {threshold:.1f} std"
     assert report.plan_summary(replace(record, layers=()), plan) == ""
+    short = Plan({name: LayerPlan(activation_bits=8 if name == "fc1" else 32) for name in sizes}, Recipe())
+    inputs = (8 * sizes["fc1"] + 32 * (total - sizes["fc1"])) / total
+    assert report.plan_summary(record, short) == f"32.0 bits, inputs {inputs:.1f} bits"
+    recipe = Recipe(rate=0.25, infomax=0.1, precision="bfloat16")
+    assert report.plan_summary(record, replace(plan, recipe=recipe)).endswith(", rate 0.25, infomax 0.1, bfloat16")
     assert report.plan_summary(record, record.trials[0].plan) == "uncompressed"
 
 

@@ -222,6 +222,10 @@ class Grids:
     def _values(self) -> Mapping[str, Tensor]:
         return self._sample()
 
+    def sees(self, spec: LayerSpec) -> bool:
+        """Whether a layer's inputs can be seen."""
+        return spec.name in self._values
+
     def __call__(self, spec: LayerSpec, bits: int) -> Grid:
         """The range of a layer's input. Raises PlanError for a layer whose inputs cannot be seen."""
         key = spec.name, bits
