@@ -402,13 +402,15 @@ def bench(
     *,
     task: Task | None = None,
     dir: str | Path | None = None,
+    target: str | None = None,
     batches: Sequence[int] = (1, 32),
     threads: int = 1,
 ) -> Study:
     """The study with the latencies of its front's members, measured now in onnxruntime and kept in the record.
 
-    Each member and the float32 model are exported to ONNX and called in turns (`deploy.latency`). `task` as in
-    `open_study`. Raises StudyError, ExportError, and UsageError for batch sizes or threads below 1.
+    Each member is exported to the `target` ("onnx" or "onnx-int8"; None: the study's own, else "onnx"), the float32
+    model to ONNX, and they are called in turns (`deploy.latency`). `task` as in `open_study`. Raises StudyError,
+    ExportError, and UsageError for other targets, batch sizes or threads below 1.
     """
     from autocompress.deploy import latency
 
@@ -421,7 +423,9 @@ def bench(
     for point in points.values():
         point.check_file()
     artifacts = {number: point.artifact for number, point in points.items()}
-    found = latency.measure(opened.required_task(), artifacts, batches=batches, threads=threads)
+    if target is None:
+        target = opened.record.target if opened.record.target in latency.TARGETS else "onnx"
+    found = latency.measure(opened.required_task(), artifacts, target=target, batches=batches, threads=threads)
     with records.lock(name):
         store = StudyStore.open(records.file(name))
         store.note_latencies(found)

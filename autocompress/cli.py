@@ -139,6 +139,7 @@ def _export_options(command: argparse.ArgumentParser) -> None:
 
 
 def _bench_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--target", metavar="T", help="onnx or onnx-int8 (the study's own, else onnx)")
     command.add_argument("--batch", type=_whole, nargs="+", default=[1, 32], metavar="B", help="batch sizes (1 32)")
     command.add_argument("--threads", type=_whole, default=1, metavar="T", help="threads of the runtime (1)")
     command.add_argument("--json", action="store_true", help="print the front with latencies as JSON")
@@ -536,7 +537,8 @@ def _bench(options: argparse.Namespace) -> int:
 
     if len(set(options.batch)) < len(options.batch):
         return _fail(f"--batch is {' '.join(map(str, options.batch))}, allowed: each size once", 2)
-    study = api.bench(options.study, dir=options.dir, batches=options.batch, threads=options.threads)
+    timed = {"target": options.target, "batches": options.batch, "threads": options.threads}
+    study = api.bench(options.study, dir=options.dir, **timed)
     if options.json:
         print(json.dumps(study.record.to_front_json(), indent=1))
         return 0

@@ -73,6 +73,11 @@ def test_an_artifact_of_dead_units_is_faster_than_float32(wide, tmp_path):
         assert each.ratio < 0.6
         assert each.ratio == pytest.approx(each.median / each.baseline, rel=0.5)
         assert 1000 < each.size_bytes < 4 * 256 * 2048
+    (short,) = latency.measure(wide, {7: path}, target="onnx-int8", batches=(1,), turns=6, seconds=0.004)[7]
+    assert (short.target, short.batch) == ("onnx-int8", 1)
+    assert short.size_bytes < 0.8 * one.size_bytes
+    with pytest.raises(UsageError, match="target is 'torch', allowed: onnx, onnx-int8"):
+        latency.measure(wide, {7: path}, target="torch")
     with pytest.raises(UsageError, match="threads is 0, allowed: 1 to 1024"):
         latency.measure(wide, {7: path}, threads=0)
     with pytest.raises(UsageError, match="batch is -3, allowed: 1 to 65536"):
@@ -96,6 +101,11 @@ def test_bench_writes_the_record_which_mlflow_and_the_terminal_read(tmp_path, lo
         names = {p.key: p.value for p in runs.trial_points(record, trial)}
         assert names["latency_onnx_batch_2_ms"] == pytest.approx(1e3 * told.median)
         assert names["latency_onnx_batch_2_over_float32"] == told.ratio
+    assert cli.main(["bench", "timed", "--dir", str(folder), "--batch", "2", "--target", "onnx-int8"]) == 0
+    assert {told.target for told in api.open_study("timed", dir=folder).record.front[0].latencies} == {
+        "onnx", "onnx-int8"
+    }  # fmt: skip
+    capsys.readouterr()
     for arguments, said in ((["--batch", "0"], "batch is 0"), (["--batch", "1", "1"], "allowed: each size once")):
         assert cli.main(["bench", "timed", "--dir", str(folder), *arguments]) == 2
         assert said in capsys.readouterr().err

@@ -22,6 +22,8 @@ from autocompress.tasks.batches import call_model, first_batch, to_device
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
+TARGETS = ("onnx", "onnx-int8")
+"""Formats that can be timed, in onnxruntime."""
 MOST = {"batch": 65536, "threads": 1024}
 """The largest values allowed."""
 
@@ -30,16 +32,19 @@ def measure(
     task: Task,
     artifacts: Mapping[int, Path],
     *,
+    target: str = "onnx",
     batches: Sequence[int] = (1, 32),
     threads: int = 1,
     turns: int = TURNS,
     seconds: float = TURN_SECONDS,
 ) -> dict[int, tuple[Latency, ...]]:
-    """By trial the latencies of its artifact's ONNX file in onnxruntime, one for each batch size.
+    """By trial the latencies of its artifact's file for the target in onnxruntime, one for each batch size.
 
     Inputs are the first test examples, repeated where there are fewer. Raises ExportError for what cannot be
-    exported or run, UsageError for batch sizes and threads beyond `MOST`.
+    exported or run, UsageError for a target that is not one of `TARGETS`, batch sizes and threads beyond `MOST`.
     """
+    if target not in TARGETS:
+        raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
     for what, value in (("threads", threads), *(("batch", size) for size in batches)):
         if not 1 <= value <= MOST[what]:
             raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
@@ -55,7 +60,7 @@ def measure(
             recorder = Recorder(load(artifact, model=task.model), folder, keywords=base.keywords)
             recorder.run("example", base.first(2))
             files[str(number)] = folder / f"{number}.onnx"
-            write_file("onnx", artifact, recorder, files[str(number)])
+            write_file(target, artifact, recorder, files[str(number)], task=task)
         sessions = {name: session_of(file, threads) for name, file in files.items()}
         sizes = {name: file.stat().st_size for name, file in files.items()}
         found: dict[int, list[Latency]] = {number: [] for number in artifacts}
@@ -67,7 +72,7 @@ def measure(
                 low, median, high = times[str(number)].quartiles
                 ratio = times[str(number)].over(times["float32"])
                 found[number].append(
-                    Latency("onnx", size, threads, median, low, high, whole, ratio, sizes[str(number)])
+                    Latency(target, size, threads, median, low, high, whole, ratio, sizes[str(number)])
                 )
     return {number: tuple(latencies) for number, latencies in found.items()}
 
