@@ -1,6 +1,7 @@
 """What exports of studies cost: bytes, time and exactness of the ONNX files, and what cutting dead units is worth.
 
-    python scripts/bench_deploy.py STUDY... [--dir DIR] [--batch 1 32] [--sparsest 3] [--node DIR] [--json]
+    python scripts/bench_deploy.py STUDY... [--dir DIR] [--batch 1 32] [--sparsest 3] [--node DIR]
+                                    [--formats onnx torch ...] [--json]
 
 Bytes: of each member of a study's front the archive, its ONNX file beside `limit`, twice the archive and 4 KB, and the
 float32 model's ONNX file; times of a call as parts of the float32 file's, in turns (`deploy/latency.py`); the largest
@@ -9,6 +10,10 @@ in OpenVINO where it is installed, in Node.js where `--node` names a folder with
 
 Dead units: the members with the largest shares of zeros exported whole and without dead units: units cut,
 multiply-accumulates of an example counted from both files' graphs, speed-up (above 1 is faster), difference.
+
+Formats, where any are named: the smallest member within a point of the baseline exported in each and verified: bytes,
+the test metric of the artifact and of the file, the largest difference in parts of the largest output, and seconds of
+the export, its verification in a fresh process included.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -37,7 +43,7 @@ from autocompress.compress.artifact import load
 from autocompress.deploy import latency
 from autocompress.deploy.export import Named, Recorder, write_file
 from autocompress.errors import AutocompressError, ExportError
-from autocompress.results import Point
+from autocompress.results import Point, pick
 from autocompress.tasks.batches import call_model, first_batch
 from autocompress.tasks.task import Task
 
@@ -304,6 +310,48 @@ def print_front(members: Sequence[Member], batches: Sequence[int]) -> None:
     print(f"{len(over)} of {len(members)} over the limit of twice the archive and 4 KB; median ratio {ratio:.2f}")
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A verified export."""
+
+    study: str
+    trial: int
+    format: str
+    size_bytes: int
+    metric_artifact: float
+    metric_exported: float
+    difference: float
+    seconds: float
+
+
+def exported(study: api.Study, formats: Sequence[str]) -> list[Exported]:
+    """The study's smallest plan within a point of the baseline, in each format. Raises ExportError."""
+    trial = pick(study.record, max_drop="1%")
+    found = []
+    for fmt in formats:
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            manifest = study.point(trial).export(folder, format=fmt)
+            seconds = time.perf_counter() - began
+        told = manifest["verification"]
+        gap = told["max_abs_difference"] / (told["max_abs_output"] or 1.0)
+        metrics = told["metric_artifact"], told["metric_exported"]
+        found.append(Exported(study.name, trial.number, fmt, manifest["size_bytes"], *metrics, gap, seconds))
+    return found
+
+
+def print_exported(found: Sequence[Exported]) -> None:
+    print(
+        f"{'study':14s}{'trial':>6s}  {'format':16s}{'bytes':>10s}{'artifact':>10s}{'file':>10s}"
+        f"{'difference':>12s}{'s':>6s}"
+    )
+    for e in found:
+        print(
+            f"{e.study:14s}{e.trial:6d}  {e.format:16s}{e.size_bytes:10d}{e.metric_artifact:10.4f}"
+            f"{e.metric_exported:10.4f}{e.difference:12.1e}{e.seconds:6.0f}"
+        )
+
+
 def print_slims(found: Sequence[Slim], batches: Sequence[int]) -> None:
     speeds = "".join(f"{f'speed, b{batch}':>11s}" for batch in batches)
     print(
@@ -327,28 +375,35 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=latency.TURNS, metavar="N", help="of each file")
     parser.add_argument("--sparsest", type=int, default=3, metavar="N", help="members whose dead units are cut")
     parser.add_argument("--node", type=Path, metavar="DIR", help="folder in which npm installed onnxruntime-node")
+    parser.add_argument("--formats", nargs="+", default=[], metavar="F", help="export in these formats as well")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     settings = Settings(tuple(options.batch), options.turns, options.sparsest, options.node)
     torch.set_num_threads(1)
     members: list[Member] = []
     slim: list[Slim] = []
+    files: list[Exported] = []
     try:
         for name in options.studies:
             study = api.open_study(name, dir=options.dir)
             task, points = study.required_task(), list(study.front)
             members += front(study.name, task, points, settings)
             slim += slims(study.name, task, points, settings)
+            files += exported(study, options.formats)
     except AutocompressError as error:
         print(f"bench_deploy: {error}", file=sys.stderr)
         return 1
     if options.json:
         front_json = [asdict(m) | {"limit_bytes": m.limit_bytes} for m in members]
-        print(json.dumps({"front": front_json, "dead_units": [asdict(s) for s in slim]}, indent=1))
+        told = {"front": front_json, "dead_units": [asdict(s) for s in slim], "formats": list(map(asdict, files))}
+        print(json.dumps(told, indent=1))
         return 0
     print_front(members, options.batch)
     print()
     print_slims(slim, options.batch)
+    if files:
+        print()
+        print_exported(files)
     return 0
 
 

@@ -97,7 +97,7 @@ def test_a_study_is_told_as_json_and_as_tables(bench, tmp_path, local, one_threa
     arguments = ["bench_deploy", "waves", "--dir", str(folder), "--turns", "2", "--batch", "2", "--sparsest", "1"]
     capsys.readouterr()
     monkeypatch.setattr(bench.latency, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(sys, "argv", [*arguments, "--json"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--formats", "archive", "--json"])
     assert bench.main() == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["trial"] for row in told["front"]] == members
@@ -106,6 +106,11 @@ def test_a_study_is_told_as_json_and_as_tables(bench, tmp_path, local, one_threa
         assert 0 < row["differences"]["onnxruntime"] < 1e-5
         assert row["archive_bytes"] < row["onnx_bytes"] < row["float32_bytes"] + 4096
         assert list(row["times"]) == ["2"]
+    (file,) = told["formats"]
+    assert file["format"] == "archive"
+    assert file["difference"] == 0
+    assert file["size_bytes"] in [row["archive_bytes"] for row in told["front"]]
+    bench.print_exported([bench.Exported(**file)])
     (slim,) = told["dead_units"]
     assert slim["macs_whole"] == 8 * 24 + 24 * 16 + 16
     assert slim["difference"] < 1e-5
