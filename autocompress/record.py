@@ -219,7 +219,7 @@ class StudyRecord:
             "metric": self.metric,
             "direction": self.direction,
             "seed": self.seed,
-            "target": self.target,
+            **({"target": self.target} if self.target != "archive" else {}),
             "trials": {state: self.count(state) for state in ("complete", "stopped", "failed")},
             "baseline": {
                 "size_bytes": self.baseline_bytes,
@@ -242,7 +242,7 @@ class StudyRecord:
             "metric_test": trial.metric_test,
             "macs": trial.best.macs,
             "artifact": trial.artifact,
-            "parent": trial.parent,
+            **({"parent": trial.parent} if trial.parent is not None else {}),
             "plan": {name or "model": layer.to_json() for name, layer in trial.plan.layers.items()},
             "recipe": trial.plan.recipe.to_json(),
             **({"latencies": [latency.to_json() for latency in trial.latencies]} if trial.latencies else {}),

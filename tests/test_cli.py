@@ -260,7 +260,7 @@ def study(work, local, capsys) -> Path:  # noqa: F811
 def test_front_json_keeps_the_contract(study, done):
     shown = json.loads(done("front", "--json"))
     assert list(shown) == [
-        *("study", "task", "metric", "direction", "seed", "target", "trials", "baseline", "hypervolume"),
+        *("study", "task", "metric", "direction", "seed", "trials", "baseline", "hypervolume"),
         *("tracking_uri", "run_id", "front"),
     ]
     assert (shown["study"], shown["task"], shown["metric"], shown["seed"]) == ("mine", "waves", "error", 0)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -183,6 +184,9 @@ def test_the_front_as_json_keeps_the_contract():
     assert point["recipe"].items() >= {"epochs": 2.0, "learning_rate": 0.01, "distillation": 0.25}.items()
     bare = TrialRecord(0, "complete", Plan({"": LayerPlan()}), 0, BASE.measurements, BASE.best)
     assert list(study(bare).to_front_json()["front"][0]["plan"]) == ["model"]
+    child = study(BASE, replace(TRIALS[2], parent=0), target="onnx").to_front_json()
+    assert child["target"] == "onnx"
+    assert {point["trial"]: point.get("parent") for point in child["front"]} == {2: 0, 0: None}
     empty = study().to_front_json()
     assert empty["baseline"] == {"size_bytes": 4096, "metric_val": None, "metric_test": None}
     assert empty["front"] == []
