@@ -81,7 +81,7 @@ def search(
 
     check_numbers(DEFAULT_TRIALS if trials is None else trials, seed, finetune_epochs)
     check_effort(effort)
-    check_target(target)
+    check_target(target, sampler, effort)
     engine.plan_cluster(workers, address)
     check_sampler(sampler)
     budget = None if time_budget is None else parse_time(time_budget)

@@ -518,6 +518,9 @@ def _export(options: argparse.Namespace) -> int:
     )
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
+    if layers := manifest.get("layers"):
+        short = sum(layer["form"] in ("static", "dynamic") for layer in layers.values())
+        print(f"8 bits    {short} of {len(layers)} layers and sums compute in 8 bits, where it was faster")
     if cut := manifest.get("cut", {}).get("dead_units"):
         macs = f"{report.human_count(manifest['cut']['macs_before'])} -> {report.human_count(manifest['cut']['macs'])}"
         print(f"cut       {cut} of {manifest['cut']['units']} units are dead and are left out: {macs} MACs")

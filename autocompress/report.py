@@ -222,7 +222,7 @@ def latency_table(record: StudyRecord) -> Table:
     trials = [trial for trial in record.front if trial.latencies]
     keys = sorted({latency.key for trial in trials for latency in trial.latencies})
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for header in ("trial", "archive", f"{record.metric} val", "MACs"):
+    for header in ("trial", record.target, f"{record.metric} val", "MACs"):
         table.add_column(header, justify="right")
     for target, batch, threads in keys:
         told = f", {threads} threads" if threads > 1 else ""

@@ -100,6 +100,7 @@ class Point:
             "trial": self.trial,
             "plan": self.plan.to_json()["layers"],
             "recipe": self.plan.recipe.to_json(),
+            "target": record.target,
             "metric": record.metric,
             "direction": record.direction,
             "size_bytes": self.size_bytes,

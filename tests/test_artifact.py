@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from test_trial import task_of
 from torch import nn
 
 import autocompress as ac
@@ -22,7 +23,8 @@ from autocompress.codec import container, header
 from autocompress.compress import apply, architecture, artifact, lowrank
 from autocompress.compress.layers import find_layers
 from autocompress.errors import ArtifactError
-from autocompress.plan import LayerPlan, Plan, uncompressed
+from autocompress.plan import LayerPlan, Plan, Recipe, uncompressed
+from autocompress.trial import Budget, Workbench, run_trial
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -545,3 +547,25 @@ def test_inspection_shows_names_of_any_kind(tmp_path):
     console.print(inspection.file_table(inspection.inspect_file(path)))
     shown = [line.split()[0] for line in console.file.getvalue().splitlines()]
     assert shown == ["tensor", "[/b]", "[red]x", "\\ud800", "\\x1b[31m", "a\\nb", "grün", "(header)", "(all)"]
+
+
+def test_a_parameter_in_another_order_of_memory_is_filled():
+    """As the transpose of another one is: its values are not told in the order in which they lie."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 5)
+            self.turned = nn.Parameter(torch.randn(4, 5).t())
+
+        def forward(self, x):
+            return self.first(x) @ self.turned
+
+    torch.manual_seed(0)
+    model = Turned().eval()
+    assert not model.turned.is_contiguous()
+    task = task_of(lambda: model, train=(torch.randn(40, 6), torch.randint(0, 4, (40,))),
+                   val=(torch.randn(20, 6), torch.randint(0, 4, (20,))))  # fmt: skip
+    (outcome,) = run_trial(Workbench(task, "cpu"), Plan({"first": LayerPlan(bits=32)}, Recipe(0.0)), Budget((1.0,)))
+    found = artifact.restore(container.unpack(outcome.artifact), Turned())
+    assert torch.equal(found.turned, model.turned)

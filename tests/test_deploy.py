@@ -25,10 +25,12 @@ from autocompress.codec.tensors import Coded
 from autocompress.compress.artifact import load, read
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy import slim, torch_export, verify
-from autocompress.deploy.export import export
+from autocompress.deploy.export import Recorder, export, write_file
+from autocompress.deploy.sessions import session_of
 from autocompress.errors import ArtifactError, ExportError, UsageError
 from autocompress.plan import LayerPlan, Plan
 from autocompress.tasks.task import Task
+from autocompress.tasks.wording import without_paths
 from autocompress.trial import Budget, Workbench, run_trial
 
 onnx = pytest.importorskip("onnx")
@@ -717,3 +719,50 @@ def test_a_file_is_compared_on_inputs_of_one_layout(tmp_path):
     task = make_task(Strides(), (torch.randn(30, 4, 4, 3).permute(0, 3, 1, 2),))
     artifact = compressed(task, LayerPlan(bits=6), tmp_path)
     assert export(artifact, task, "archive", tmp_path / "out", FACTS)["verification"]["max_abs_difference"] == 0
+
+
+class Guarded(nn.Module):
+    """Another answer for other inputs, which no example shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        scores = self.net(x)
+        return scores if float(x.mean()) > -0.3 else torch.zeros_like(scores)
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "torch"])
+def test_a_way_that_inputs_choose_is_not_kept_as_the_only_one(fmt, tmp_path):
+    task = make_task(Guarded(), (torch.randn(40, 1, 8, 8),))
+    artifact = compressed(task, LayerPlan(), tmp_path)
+    with pytest.raises(ExportError, match="cannot be exported"):
+        export(artifact, task, fmt, tmp_path / "out", FACTS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_a_manifest_name_no_folder():
+    for text, told in (
+        ("No such file: '/home/someone/data/a b.txt'", "No such file: 'a b.txt'"),
+        ('File "/tmp/x.py", line 3', 'File "x.py", line 3'),
+        ("C:\\Users\\me\\net.py is odd", "net.py is odd"),
+        ("1/2 of the rows, a/b", "1/2 of the rows, a/b"),
+    ):
+        assert without_paths(text) == told
+
+
+def test_formats_that_calibrate_need_a_task(smoke, tmp_path):
+    task, artifact, _, _ = smoke
+    recorder = Recorder(load(artifact, model=task.model), tmp_path)
+    recorder.run("example", {"input": np.zeros((2, 1, 8, 8), np.float32)})
+    with pytest.raises(ExportError, match="format onnx-int8 needs a task"):
+        write_file("onnx-int8", artifact, recorder, tmp_path / "model.onnx")
+
+
+def test_a_session_that_fails_says_so(smoke, tmp_path):
+    task, artifact, _, _ = smoke
+    export(artifact, task, "onnx", tmp_path, FACTS)
+    session = session_of(tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="onnxruntime does not run the graph"):
+        session.run(None, {"input": np.zeros((2, 3), np.float32)})

@@ -145,6 +145,19 @@ def test_names_that_are_refused(name):
         check_names(name, None)
 
 
+def test_an_alias_that_is_refused_leaves_the_version(made, store, monkeypatch):
+    from mlflow import MlflowClient
+
+    def refuse(*_):
+        raise RuntimeError("no aliases today")
+
+    record, uri = store
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+    with pytest.raises(TrackingError, match=r"version 1 of 'half' is registered, but not as 'champion': .*no aliases"):
+        register(record, uri, made[2], made[3], name="half", alias="champion")
+    assert MlflowClient(uri).get_model_version("half", "1").status == "READY"
+
+
 @pytest.mark.parametrize("alias", ["", "a b", "latest", "Latest", "v3", "a/b", "x" * 256])
 def test_aliases_that_are_refused(alias):
     with pytest.raises(UsageError, match=r"alias is '.*', allowed: up to 255 letters, digits, _ and -; 'latest'"):

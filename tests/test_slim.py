@@ -416,3 +416,26 @@ def test_any_sparse_chain(sizes, dead, seed, convolution):
             layer.bias.mul_(torch.rand(many, generator=generator) > 0.5)
         parts += [layer, (nn.ReLU, nn.Sigmoid, nn.Identity)[k % 3]()]
     checked(nn.Sequential(*parts), (sizes[0], 12, 12) if convolution else (sizes[0],))
+
+
+class Counted(nn.Module):
+    """Whole numbers between two layers, of which one is always zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x).to(torch.int64).float())
+
+
+def test_whole_numbers_are_not_taken_for_constants():
+    net = Counted()
+    kill(net.first, rows=[3])
+    checked(net, (8,))
+
+
+def test_an_average_with_a_divisor_of_its_own_changes_constants():
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.AvgPool2d(2, divisor_override=3), nn.Conv2d(6, 3, 1)).eval()
+    kill(net[0], rows=[1, 4], bias=0.7)
+    checked(net, (2, 9, 9))

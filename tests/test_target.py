@@ -1,6 +1,7 @@
 """Searches for a deployment's bytes: sizes are those of the file that an export writes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,3 +103,34 @@ def test_what_cannot_be_shipped_is_refused_before_the_search(work, studied, fail
     said = fail(1, "search", "odd.py:task", *studied[1:], "--target", "onnx")
     assert "cannot be exported to ONNX" in said
     assert not (work / "autocompress_runs" / "studies" / "waves").exists()
+
+
+class Untouched:
+    """Data that must not be looked at."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __iter__(self):
+        raise AssertionError(f"{self.what} was looked at")
+
+    __getitem__ = __len__ = __iter__
+
+
+@pytest.mark.parametrize("aim", ["onnx", "onnx-int8"])
+def test_no_size_is_chosen_on_test_data(aim, tmp_path):
+    task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
+    data = compressed(task, LayerPlan(bits=4), tmp_path).read_bytes()
+    bench = Workbench(replace(task, test=Untouched("test")))
+    assert FileSize(aim)(bench.task, data) > 0
+    assert FileSize(aim).baseline(bench) > 0
+
+
+def test_what_does_not_go_together_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match="effort is 'max' and the target 'onnx': only archives are coded"):
+        check_target("onnx", "tpe", "max")
+    monkeypatch.setattr("autocompress.deploy.executorch.require", lambda fmt: None)
+    with pytest.raises(UsageError, match="sampler is 'continuation' and the target 'executorch'"):
+        check_target("executorch", "continuation")
+    check_target("executorch", "tpe")
+    check_target("onnx", "continuation")

@@ -249,8 +249,9 @@ def _filled(module: nn.Module, archive: Archive) -> nn.Module:
     state = unique_state(module)
     size = sum(entry.elements for entry in archive.entries.values())
     threads = torch.get_num_threads() if size > _MANY else 1
-    jobs = ((state[name].detach(), entry.dtype, part) for name, entry in archive.entries.items()
-            if name in state for part in archive.parts(name))  # fmt: skip
+    places = {name: state[name].detach() for name in archive.entries if name in state}
+    rows = {name: place.contiguous() for name, place in places.items()}  # parts are told in the order of rows
+    jobs = ((rows[name], archive.entries[name].dtype, part) for name in rows for part in archive.parts(name))
     if threads == 1:
         for job in jobs:
             _put(*job)
@@ -259,6 +260,9 @@ def _filled(module: nn.Module, archive: Archive) -> nn.Module:
             for done in _ahead(pool, jobs, 4 * threads):
                 done.result()
     with torch.no_grad():
+        for name, place in places.items():
+            if not place.is_contiguous():
+                place.copy_(rows[name])
         for key in _scaled(state, archive.entries):
             _multiply(state[key], to_tensor(archive.tensor(key + SCALE)))
     return module.eval()

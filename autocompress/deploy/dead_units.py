@@ -319,6 +319,8 @@ def _pointwise(found: Analysis, node: fx.Node) -> Value | None:
     rank = len(_shape(node))
     if not known or any(isinstance(value, fx.Node) for value in node.kwargs.values()):
         return None
+    if not node.meta["val"].is_floating_point():  # whole numbers have no NaN for what is not known
+        return None
     first = known[0]
     for part, source in zip(parts, sources, strict=True):
         if source is None and not _is_scalar(found, part):
@@ -355,6 +357,8 @@ def _pooled(found: Analysis, node: fx.Node) -> Value | None:
     if source is None or source.axis != 1 or len(_shape(node)) != int(name[-2]) + 2:
         return None
     constant = source.constant
+    if name in AVERAGES and len(node.args) > 6 and node.args[6] is not None:  # a divisor of its own
+        return None
     padding = node.args[3] if name in AVERAGES and len(node.args) > 3 else 0
     if _any(padding):
         constant = torch.where(constant == 0, constant, math.nan)

@@ -14,7 +14,7 @@ import numpy as np
 
 from autocompress.deploy.torch_export import exported, quiet
 from autocompress.errors import ExportError
-from autocompress.tasks.wording import one_line
+from autocompress.tasks.wording import one_line, without_paths
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,7 @@ def write(
     try:
         program = _program(module, inputs, keywords, MAX_BATCH, held)
     except ExportError as error:
-        batch = {"fixed": 1, "because": str(error)}
+        batch = {"fixed": 1, "because": without_paths(str(error))}
         program = _program(module, inputs, keywords, 1, held)
     path.write_bytes(program)
     return {"batch": batch}

@@ -26,7 +26,7 @@ from autocompress.deploy import verify
 from autocompress.deploy.calibration import training_inputs
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
-from autocompress.tasks.wording import one_line
+from autocompress.tasks.wording import one_line, without_paths
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
@@ -37,7 +37,7 @@ FILES = {
     "onnx-int8": "model.int8.onnx",
     "torch": "model.pt2",
     "executorch": "model.pte",
-    "executorch-int8": "model.pte",
+    "executorch-int8": "model.int8.pte",
     "mlflow": "model.onnx",
 }
 """The file that each format writes, beside manifest.json; mlflow wraps it in more."""
@@ -219,6 +219,8 @@ def write_file(
     Without dead units unless `slim` is false. `task` gives the formats of `QUANTIZED` their calibration data.
     Raises ExportError.
     """
+    if fmt in QUANTIZED and task is None:
+        raise ExportError(f"format {fmt} needs a task, whose training data show ranges")
     example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
     names = list(output_tensors(recorder.model, recorder.structure))
@@ -264,9 +266,10 @@ def _slim(recorder: Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Mo
     try:
         module, cut = slimmed(recorder.module, inputs, recorder.keywords)
     except ExportError as error:
-        return recorder.module, {"cut": {"dead_units": 0, "because": str(error)}}
+        return recorder.module, {"cut": {"dead_units": 0, "because": without_paths(str(error))}}
     except Exception as error:  # a graph of torch.export that is like none before: nothing has to be cut
-        return recorder.module, {"cut": {"dead_units": 0, "because": f"its graph is not understood: {one_line(error)}"}}
+        because = f"its graph is not understood: {without_paths(one_line(error))}"
+        return recorder.module, {"cut": {"dead_units": 0, "because": because}}
     return module if cut.units else recorder.module, {"cut": cut.to_json()}
 
 

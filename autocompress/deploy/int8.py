@@ -9,6 +9,7 @@ harm the outputs most are left in float32.
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from autocompress.deploy import onnx
+from autocompress.deploy.calibration import training_inputs
 from autocompress.deploy.int8_calibrate import Named, Seen, corrected_bias, ranges_of, seen
 from autocompress.deploy.int8_choose import Group, Plan, chosen
 from autocompress.deploy.int8_graph import int8_graph
@@ -29,9 +31,9 @@ from autocompress.deploy.int8_layers import Layer, layers_of, names_of, own_rang
 from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
 from autocompress.deploy.sessions import Session, session_of
 from autocompress.deploy.turns import in_turns
-from autocompress.deploy.verify import quantized_metric_holds
+from autocompress.deploy.verify import load_inputs, quantized_metric_holds, save_inputs
 from autocompress.errors import ExportError
-from autocompress.tasks.batches import batches, finite_metric
+from autocompress.tasks.batches import batches, finite_metric, join
 
 if TYPE_CHECKING:
     from autocompress.deploy.export import Recorder
@@ -43,7 +45,7 @@ EXAMPLES = 256
 """Training examples that ranges are calibrated on."""
 _SHARE = 0.5
 """Of the tolerance, how far it may fall on validation data, on which the layers are chosen."""
-_BATCH = 32
+_BATCH, _VALIDATED = 32, 256
 _TURNS = 9
 _TURN_SECONDS = 0.006
 
@@ -119,7 +121,8 @@ def write(
     choices = chosen(groups, starts, timer) if groups else []
     forms = {layer: choice.form for choice, part in zip(choices, members, strict=True) for layer in part}
     because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
-    forms, because, checked = held_back(net, forms, because, task, recorder)
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        forms, because, checked = held_back(net, forms, because, Validation(task, recorder, Path(folder)))
     small = net.final(forms, small=True)
     plain = net.final(forms, small=False)
     if len(small[1]) > len(plain[1]) and not timer.as_fast(small, plain):
@@ -147,7 +150,7 @@ def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str],
     model, exact = onnx.graph_of(module, inputs, recorder.keywords, names, whole=True)
     fixed = own_ranges(model)
     layers = layers_of(model)
-    calls = list(islice(_calls(task.train, recorder, seed=0), EXAMPLES // _BATCH))
+    calls = _calibrating(task, list(inputs))
     wanted: dict[str, set[int]] = {}
     for layer in layers:
         if layer.kind not in ("table", "constant"):
@@ -166,10 +169,37 @@ def _understood(layer: Layer, tensors: Mapping[str, Seen]) -> bool:
     return len(found) == len(parts) and (layer.kind != "add" or len({p.first.shape for p in found}) == 1)
 
 
-def _calls(split: Any, recorder: Recorder, seed: int | None) -> Iterator[Named]:
-    """The inputs of batches of a split by the names that they have in a file."""
-    for inputs, _ in batches(split, _BATCH, shuffle_seed=seed, device="cpu"):
-        yield recorder.named(inputs)
+def _calibrating(task: Task, names: Sequence[str]) -> list[Named]:
+    """`EXAMPLES` training examples in calls of at most `_BATCH`."""
+    calls: list[Named] = []
+    for batch in training_inputs(task, names, count=EXAMPLES):
+        parts = zip(*(torch.split(tensor, _BATCH) for tensor in batch.values()), strict=True)
+        calls += [{name: part.numpy() for name, part in zip(batch, row, strict=True)} for row in parts]
+    return calls
+
+
+class Validation:
+    """The validation split, gone through once: inputs in files of a folder, targets in memory.
+
+    Its calls have as many examples as those of the export's verification: the range of a dynamic product is that of
+    the whole call.
+    """
+
+    def __init__(self, task: Task, recorder: Recorder, folder: Path) -> None:
+        self.task, self.structure, self.folder = task, recorder.structure, folder
+        self.targets: list[Any] = []
+        for inputs, target in batches(task.val, _VALIDATED, shuffle_seed=None, device="cpu"):
+            save_inputs(folder, str(len(self.targets)), recorder.named(inputs))
+            self.targets.append(target)
+
+    def metric(self, session: Session) -> float:
+        """The task's metric of the session's outputs."""
+        from autocompress.deploy.export import structured
+
+        calls = (load_inputs(self.folder, str(index)) for index in range(len(self.targets)))
+        outputs = [session.run(None, session.feed(call)) for call in calls]
+        joined = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*outputs, strict=True)]
+        return finite_metric(self.task, structured(self.structure, joined), join(self.targets), "val")
 
 
 def _count(calls: Sequence[Named]) -> int:
@@ -234,23 +264,21 @@ class Timer:
 
 
 def held_back(
-    net: Net, forms: Mapping[Layer, str], because: Mapping[Layer, str], task: Task, recorder: Recorder
+    net: Net, forms: Mapping[Layer, str], because: Mapping[Layer, str], validation: Validation
 ) -> tuple[dict[Layer, str], dict[Layer, str], dict[str, Any]]:
     """The forms of which the metric on validation data holds, why, and the metrics; harmful layers in float32.
 
     Raises ExportError where it does not hold even so.
     """
     forms, because = dict(forms), dict(because)
-    calls = list(_calls(task.val, recorder, seed=None))
-    targets = [target for _, target in batches(task.val, _BATCH, shuffle_seed=None, device="cpu")]
-    reference = metric_of(session_of(net.model), calls, targets, task, recorder)
+    reference, direction = validation.metric(session_of(net.model)), validation.task.direction
 
     def found() -> float:
-        return metric_of(session_of(onnx.inserted(*net.final(forms, small=False))), calls, targets, task, recorder)
+        return validation.metric(session_of(onnx.inserted(*net.final(forms, small=False))))
 
     metric = found()
-    steps = milder(net, forms) if not quantized_metric_holds(reference, metric, task.direction, _SHARE) else iter(())
-    while not quantized_metric_holds(reference, metric, task.direction, _SHARE):
+    steps = milder(net, forms) if not quantized_metric_holds(reference, metric, direction, _SHARE) else iter(())
+    while not quantized_metric_holds(reference, metric, direction, _SHARE):
         step = next(steps, None)
         if step is None:
             raise ExportError(f"in 8 bits the metric on validation data is {metric:.6g}, in float32 {reference:.6g}")
@@ -268,18 +296,6 @@ def milder(net: Net, forms: Mapping[Layer, str]) -> Iterator[dict[Layer, str]]:
     left = iter(by_harm(net, {**forms, **dynamic}))
     while some := list(islice(left, max(1, len(forms) // 8))):
         yield dict.fromkeys(some, "float32")
-
-
-def metric_of(
-    session: Session, calls: Sequence[Named], targets: Sequence[Any], task: Task, recorder: Recorder
-) -> float:
-    """The task's metric of the session's outputs."""
-    from autocompress.deploy.export import structured
-    from autocompress.tasks.batches import join
-
-    outputs = [session.run(None, session.feed(call)) for call in calls]
-    joined = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*outputs, strict=True)]
-    return finite_metric(task, structured(recorder.structure, joined), join(list(targets)), "val")
 
 
 def by_harm(net: Net, forms: Mapping[Layer, str]) -> list[Layer]:

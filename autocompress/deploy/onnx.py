@@ -16,6 +16,7 @@ index of Deep Compression (Han et al. 2016, section 2): a gap that the base cann
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -268,10 +269,15 @@ def _by_torch_export(module: nn.Module, args: Any, options: dict[str, Any]) -> A
 
 def _by_tracer(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
     import torch
+    from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
     file: Any = BytesIO()  # which the tracer takes, whatever its annotation says
     axes = {name: {0: "batch"} for name in (*options["input_names"], *options["output_names"])}
-    torch.onnx.export(module, args, file, dynamo=False, do_constant_folding=False, dynamic_axes=axes, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", TracerWarning
+        )  # a way that inputs chose, or a number made of them, would be kept
+        torch.onnx.export(module, args, file, dynamo=False, do_constant_folding=False, dynamic_axes=axes, **options)
     return onnx.load_from_string(file.getvalue())
 
 

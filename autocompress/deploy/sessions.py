@@ -27,8 +27,11 @@ class Session:
         return {name: array for name, array in inputs.items() if name in names}
 
     def run(self, outputs: list[str] | None, feed: Mapping[str, NDArray[Any]]) -> Arrays:
-        """The outputs, all if None."""
-        found: Arrays = self.inner.run(outputs, feed)
+        """The outputs, all if None. Raises ExportError for inputs that the model cannot run."""
+        try:
+            found: Arrays = self.inner.run(outputs, feed)
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise ExportError(f"onnxruntime does not run the graph: {one_line(error)}") from error
         return found
 
 
@@ -39,8 +42,8 @@ def session_of(model: Any, threads: int = 1) -> Session:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    source = str(model) if isinstance(model, Path) else model.SerializeToString()
     try:
+        source = str(model) if isinstance(model, Path) else model.SerializeToString()
         return Session(onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"]))
     except Exception as error:  # onnxruntime's own exceptions have no common base
         name = model.name if isinstance(model, Path) else "the graph"

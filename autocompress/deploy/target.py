@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from autocompress.codec import container
 from autocompress.compress.artifact import load
 from autocompress.deploy.export import FILES, Recorder, export, write_file
 from autocompress.errors import SpaceError, UsageError
@@ -79,11 +80,19 @@ def _some(inputs: object) -> object:
     return map_tensors(inputs, lambda tensor: tensor[:2] if tensor.dim() else tensor)
 
 
-def check_target(target: str) -> None:
-    """Raise UsageError for a target that does not exist, and ExportError for one whose package is not installed."""
+def check_target(target: str, sampler: str = "tpe", effort: str = container.AUTO) -> None:
+    """Raise UsageError for a target that does not exist, or not with the sampler and effort, and ExportError for one
+    whose package is not installed."""
     if target not in TARGETS:
         raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
+    if target != "archive" and effort != container.AUTO:
+        raise UsageError(f"effort is {effort!r} and the target {target!r}: only archives are coded")
     if target in RANKS_ONLY:
+        if sampler == "continuation":
+            raise UsageError(
+                f"sampler is {sampler!r} and the target {target!r}: it raises the price of bits, of which such a file "
+                "gets no smaller; allowed: the other samplers"
+            )
         from autocompress.deploy import executorch
 
         executorch.require(target)

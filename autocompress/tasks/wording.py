@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,11 @@ def shortened(value: Any) -> str:
 def one_line(error: BaseException) -> str:
     """An exception as "Type: message" on one line."""
     return f"{type(error).__name__}: {shortened(error)}" if str(error) else type(error).__name__
+
+
+def without_paths(text: str) -> str:
+    """A text in which files are named by their last part: no folder of a machine."""
+    return re.sub(r"(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\":,;()]+)+[\\/]", "", text)
 
 
 def describe(value: Any) -> str:

@@ -103,7 +103,8 @@ def register(
 
     They are logged as a model of the trial's run (the study's, where the store has none of the trial). `manifest` is
     that of the export. Raises TrackingError where the study is not in the store, or the store refuses or is away;
-    no model is left in it then. Raises UsageError for names that MLflow does not take.
+    no model is left in it then, but where the alias alone is refused. Raises UsageError for names that MLflow does not
+    take.
     """
     check_names(name, alias)
     where = f"MLflow at {without_password(uri)}"
@@ -115,13 +116,17 @@ def register(
         trial = int(manifest["recorded"]["trial"])
         run_id = _trial_run(client, parent.info, trial) or parent.info.run_id
         made = _version(client, parent.info.experiment_id, run_id, folder, manifest, name=name)
-        if alias is not None:
-            client.set_registered_model_alias(name, alias, made)
-        return Registered(name, made, alias, uri)
     except TrackingError:
         raise
     except Exception as error:  # stores raise whatever their database or network raises
         raise TrackingError(f"{where}: the model was not registered: {one_line(error)}") from error
+    if alias is not None:
+        try:
+            client.set_registered_model_alias(name, alias, made)
+        except Exception as error:
+            told = f"version {made} of {name!r} is registered, but not as {alias!r}: {one_line(error)}"
+            raise TrackingError(f"{where}: {told}") from error
+    return Registered(name, made, alias, uri)
 
 
 def _version(
