@@ -232,7 +232,8 @@ def test_front_json(searched, shown):
     kinds = {"trial": int, "size_bytes": int, "ratio": float, "metric_val": float, "metric_test": float, "macs": int}
     for point in shown["front"]:
         assert {key: type(point[key]) for key in kinds} == kinds
-        assert set(point) == {*kinds, "artifact", "plan", "recipe"}
+        assert set(point) - {"parent"} == {*kinds, "artifact", "plan", "recipe"}
+        assert point.get("parent", 0) in range(6)
         assert set(point["plan"]) == {"first", "second", "last"}
         assert {"rank", "bits", "threshold"} <= set(point["plan"]["first"])
         data = (searched / "autocompress_runs" / point["artifact"]).read_bytes()
