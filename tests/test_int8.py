@@ -200,6 +200,32 @@ def test_a_weight_read_in_two_ways_is_rounded_and_nothing_more(tmp_path):
     assert np.abs(session_of(made).run(None, feed)[0] - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("kind", ["gemm", "conv"])
+def test_a_row_of_zero_or_tiny_weights_keeps_its_bias(kind, few, tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 5) if kind == "gemm" else nn.Conv2d(6, 5, 3)
+    with torch.no_grad():
+        if few:
+            layer.weight.copy_((layer.weight / layer.weight.std()).round().clamp(-1, 1) * 0.5)
+        layer.weight[0] = 0.0
+        layer.weight[1] *= 1e-9
+        layer.weight[2] = 0.0
+        layer.weight[3] *= 1e-3
+        layer.bias.copy_(torch.tensor([5.0, 3.0, 0.0, -7.0, 0.5]))
+        if few:
+            layer.bias[0] = 0.003  # smaller than a step of the input
+    task = make_task(layer, (torch.randn(64, 12) if kind == "gemm" else torch.randn(64, 6, 5, 5),))
+    net = net_of(task, tmp_path)
+    (found,) = session_of(net.graph(everywhere(net, "static"))).run(None, {"input": task.test[0].numpy()})
+    with torch.no_grad():
+        wanted = layer(task.test[0]).numpy()
+    error = np.abs(found - wanted).reshape(len(wanted), 5, -1).max((0, 2))
+    step = np.ptp(wanted) / 255 if kind == "conv" else 1e-4  # that of what a convolution gives
+    assert (error[:3] <= step).all()
+    assert (error <= 0.02 * np.ptp(wanted)).all()
+
+
 # ---------------------------------------------------------------------- weights
 
 

@@ -159,9 +159,13 @@ class _Build:
     def _static(self, layer: Layer, end: str) -> None:
         weight, bias = self.weights[layer], self.biases[layer]
         source, grid = self._read(layer.sources[0])
-        levels = self._constant(f"{layer.name}:w", weight.levels)
-        scales = self._constant(f"{layer.name}:s", weight.scales)
-        name = layer.nodes[0].output[0]
+        name, label = layer.nodes[0].output[0], layer.name
+        if bias is not None and layer.kind != "matmul":
+            fitting = weight.holding(bias, grid.scale)
+            if fitting is not weight:
+                weight, label = fitting, f"{name}:own"
+        levels = self._constant(f"{label}:w", weight.levels)
+        scales = self._constant(f"{label}:s", weight.scales)
         given = [levels, scales]
         if layer.kind == "gemm":  # which is fused only where its zero points are there
             given.append(self._constant(f":zeros_{len(weight.scales)}", np.zeros(len(weight.scales), np.int8)))
@@ -171,7 +175,7 @@ class _Build:
             return
         if bias is not None:
             steps = (weight.scales * np.float32(grid.scale)).astype(np.float32)
-            whole = np.clip(np.rint(bias / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+            whole = np.rint(bias / steps.astype(np.float64)).astype(np.int32)
             ints, steps_name = self._constant(f"{name}:b", whole), self._constant(f"{name}:t", steps)
             inputs.append(self._emit("DequantizeLinear", [ints, steps_name], f"{name}:d", axis=0))
         attributes = layer.attributes if layer.kind == "conv" else {}
