@@ -200,6 +200,55 @@ def test_a_weight_read_in_two_ways_is_rounded_and_nothing_more(tmp_path):
     assert np.abs(session_of(made).run(None, feed)[0] - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
+class Twice(nn.Module):
+    """A convolution with two normalisations."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16)])
+        for k, norm in enumerate(self.norms):
+            nn.init.uniform_(norm.weight, 1 + 3 * k, 2 + 3 * k)
+
+    def forward(self, x):
+        return self.norms[1](self.mix(self.norms[0](self.mix(x)).relu()))
+
+
+class Turned(nn.Module):
+    """A square matrix and its transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(64, 64) / 8)
+
+    def forward(self, x):
+        return (x @ self.mix).relu() @ self.mix.T
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Twice, (16, 6, 6)), (Turned, (5, 64))])
+def test_a_weight_with_two_values_is_no_weight_of_8_bits(make, shape, tmp_path):
+    torch.manual_seed(0)
+    task = make_task(make(), (torch.randn(64, *shape),))
+    net = net_of(task, tmp_path)
+    assert {layer.kind for layer in net.layers} <= {"constant"}
+    net = replace(net, layers=[layer for layer in net.layers if layer.kind != "constant"])
+    feed = {"input": task.test[0][:9].numpy()}
+    with torch.no_grad():
+        wanted = task.model(task.test[0][:9]).numpy()
+    (found,) = session_of(net.graph(everywhere(net, "static"))).run(None, feed)
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def test_no_constant_takes_the_place_of_another():
+    _, net = known("mlp")
+    a, b, *_ = net.layers
+    layers = [a, replace(b, name=a.name)]
+    weights, biases = ({layer: part[old] for layer, old in zip(layers, (a, b), strict=True)}
+                       for part in (net.weights, net.biases))  # fmt: skip
+    with pytest.raises(ValueError, match=f"two constants .* {a.name}:w"):
+        int8.int8_graph(net.model, dict.fromkeys(layers, "static"), net.ranges, weights, biases)
+
+
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("kind", ["gemm", "conv"])
 def test_a_row_of_zero_or_tiny_weights_keeps_its_bias(kind, few, tmp_path):

@@ -116,7 +116,9 @@ class _Build:
         return output
 
     def _constant(self, name: str, array: Array) -> str:
-        self.constants[name] = array
+        """The name, under which there is no other array."""
+        if not np.array_equal(self.constants.setdefault(name, array), array):
+            raise ValueError(f"two constants would have the name {name}")
         return name
 
     def _ending(self, name: str) -> str:

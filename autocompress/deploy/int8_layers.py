@@ -85,21 +85,26 @@ def layers_of(model: Any) -> list[Layer]:
     """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs."""
     graph = Graph(model.graph)
     found = [layer for node in graph.proto.node if (layer := _layer(graph, node)) is not None]
-    kinds: dict[str, set[str]] = {}
+    sharing: dict[str, list[Layer]] = {}
     for layer in found:
-        kinds.setdefault(layer.name, set()).add(layer.kind)
-    counts = {name: sum(layer.name == name for layer in found) for name in kinds}
-    good = [
-        layer
-        for layer in found
-        if layer.kind == "add" or (len(kinds[layer.name]) == 1 and counts[layer.name] == _reads(graph, layer.name))
-    ]
+        sharing.setdefault(layer.name, []).append(layer)
+    alike = {name for name, same in sharing.items() if _alike(same) and len(same) == _reads(graph, name)}
+    good = [layer for layer in found if layer.kind == "add" or layer.name in alike]
     taken = {layer.name for layer in good}
     return good + [
         Layer("constant", name, (), (), name, array)
         for name, array in graph.constants.items()
         if _is_weight(array) and array.size >= SMALLEST and name not in taken
     ]
+
+
+def _alike(layers: Sequence[Layer]) -> bool:
+    """Whether layers read a weight in one way: as it is or turned, and with one normalisation in it."""
+    first = layers[0]
+    return all(
+        (layer.kind, layer.turned) == (first.kind, first.turned) and np.array_equal(layer.values, first.values)
+        for layer in layers[1:]
+    )
 
 
 def _reads(graph: Graph, name: str) -> int:
