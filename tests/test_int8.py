@@ -19,7 +19,7 @@ from autocompress.deploy import int8, int8_calibrate, int8_weights, verify
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy.export import Recorder, export
 from autocompress.deploy.int8_choose import Group, chosen
-from autocompress.deploy.int8_layers import layers_of, own_ranges
+from autocompress.deploy.int8_layers import own_ranges
 from autocompress.deploy.sessions import session_of
 from autocompress.errors import ExportError
 from autocompress.plan import LayerPlan
@@ -350,9 +350,9 @@ def test_the_artifacts_own_ranges_are_used(tmp_path):
     assert [(g.bits, g.scale, g.zero_point) for g in found.values()] == [
         (8, pytest.approx(grid.scale), grid.zero_point) for grid in grids.values()
     ]
-    kinds = [node.op_type for node in net.model.graph.node]
-    assert kinds.count("Round") == 1  # of four bits: its levels are among those of 8, but values beyond are not cut off
     model = net.graph(everywhere(net, "static"))
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Round") == 1  # of four bits: its levels are among those of 8, but values beyond are not cut off
     inputs = task.test[0][:50]
     (ours,) = session_of(model).run(None, {"input": inputs.numpy()})
     with torch.no_grad():
@@ -366,21 +366,89 @@ def test_test_data_calibrates_nothing(tmp_path):
     assert other.ranges == net.ranges
 
 
-def test_ranges_with_other_readers_stay_in_the_graph():
+class Pooled(nn.Module):
+    """Ranges after a sum, behind a pool, and twice on one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.d = nn.Linear(8 * 9, 6), nn.Linear(8 * 9, 6)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = F.max_pool2d((x + self.b(x)).relu(), 2).flatten(1)
+        return self.c(x) + self.d(x).relu()
+
+
+NARROW = {
+    "mlp": (mlp, {"0": Grid(8, 0.004, 120), "2": Grid(8, 0.0007, 0), "4": Grid(8, 0.0003, 0)}),
+    "pooled": (Pooled, {"a": Grid(8, 0.005, 100), **dict.fromkeys("bcd", Grid(8, 0.001, 0))}),
+    "two": (Pooled, {"c": Grid(8, 0.001, 0), "d": Grid(8, 0.0005, 0)}),
+}  # fmt: skip
+
+
+def narrow(name, tmp_path):
+    """A task of which the layers' own ranges are much narrower than the inputs, and its net."""
+    torch.manual_seed(3)
+    make, grids = NARROW[name]
+    task = make_task(make(), (torch.randn(96, 40) if make is mlp else torch.randn(96, 3, 8, 8),))
+    for path, grid in grids.items():
+        attach(task.model, path, grid)
+    return task, net_of(task, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["static", "dynamic", "weights", "float32", "mixed"])
+@pytest.mark.parametrize("name", NARROW)
+def test_the_artifacts_own_ranges_clip_in_every_form(name, form, tmp_path):
+    task, net = narrow(name, tmp_path)
+    forms = {}
+    for k, layer in enumerate(net.layers):
+        given = ("dynamic", "static", "float32")[k % 3] if form == "mixed" else form
+        given = "static" if given == "dynamic" and layer.kind in ("conv", "add") else given
+        forms[layer] = "float32" if given == "weights" and layer.kind == "add" else given
+    made = deploy_onnx.inserted(*net.final(forms, small=False))
+    (found,) = session_of(made).run(None, {"input": task.test[0].numpy()})
+    with torch.no_grad():
+        wanted = task.model(task.test[0]).numpy()
+    assert np.abs(found - wanted).max() <= (0.01 if form == "float32" else 0.03) * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(("name", "pairs"), [("mlp", 3), ("pooled", 10)])
+def test_static_layers_need_no_nodes_for_ranges(name, pairs, tmp_path):
+    """One pair for each 8-bit tensor: of "pooled" the input, what a, b, c, d, two sums, pool and flattening give, and
+    what a gives in b's range.
+    """
+    _, net = narrow(name, tmp_path)
+    kinds = [node.op_type for node in net.graph(everywhere(net, "static")).graph.node]
+    assert "Round" not in kinds
+    assert kinds.count("QuantizeLinear") == pairs
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_range_with_other_readers_is_none_of_what_goes_into_it(other, tmp_path):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(8, 8)
+            self.first, self.a = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x):
-            return x.relu() + self.a(x.relu())
+            x = self.first(x).relu()
+            return x + self.a(x) if other else self.a(x)
 
-    net = Both().eval()
-    attach(net, "a", Grid(8, 0.01, 0))
-    model, _ = deploy_onnx.graph_of(net, {"input": torch.randn(2, 8)}, False, ["output"], whole=True)
-    fixed = own_ranges(model)
-    (layer, *_) = [layer for layer in layers_of(model) if layer.kind == "gemm"]
-    assert set(fixed) in ({layer.sources[0]}, {"relu_1"})
+    torch.manual_seed(0)
+    task = make_task(Both(), (torch.randn(64, 8),))
+    attach(task.model, "a", Grid(8, 0.0005, 0))
+    net = net_of(task, tmp_path)
+    fixed = own_ranges(net.model)
+    first, second = [layer for layer in net.layers if layer.kind == "gemm"]
+    assert set(fixed) == ({second.sources[0]} if other else {second.sources[0], first.result})
+    assert fixed[second.sources[0]] == Grid(8, pytest.approx(0.0005), 0)
+    with torch.no_grad():
+        wanted = task.model(task.test[0]).numpy()
+    for form in ("static", "dynamic", "float32"):
+        forms = {layer: "float32" if layer.kind == "add" and form != "static" else form for layer in net.layers}
+        (found,) = session_of(net.graph(forms)).run(None, {"input": task.test[0].numpy()})
+        assert np.abs(found - wanted).max() <= 0.02 * np.abs(wanted).max()
 
 
 def test_the_corrected_bias_keeps_the_mean():

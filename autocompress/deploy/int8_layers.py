@@ -16,7 +16,8 @@ from autocompress.compress.ranges import Grid
 
 Array = NDArray[Any]
 
-
+CARRIERS = frozenset(("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"))
+"""Operations that move values and make none: their outputs have the ranges of their inputs."""
 SMALLEST = 4096
 """Of constants that no layer reads and that are rounded, elements."""
 
@@ -219,28 +220,30 @@ def _least(graph: Graph, clip: Any) -> float | None:
 def own_ranges(model: Any) -> dict[str, Grid]:
     """By tensor the range that the artifact gives its values (`compress.ranges`), at most 8 bits.
 
-    The nodes of a range of 8 bits are taken out of the graph where its tensor has no other reader: quantizing
-    it does what they do. Readers of others find the range at what these nodes give.
+    That of 8 bits is also one of the tensor that goes into it where all readers see it through this range, and of
+    those before that only move the same values: quantizing these does what its nodes do.
     """
     graph = Graph(model.graph)
-    found: dict[str, tuple[str, Grid]] = {}
-    for node in graph.proto.node:
-        spotted = _fake_quantized(graph, node)
-        if spotted is not None:
-            found[node.output[0]] = spotted
-    fixed: dict[str, Grid] = {}
-    for given, (source, grid) in found.items():
-        same = {name for name, pair in found.items() if pair == (source, grid)}
-        first_nodes = {id(_first(graph, name)) for name in same}
+    found = range_nodes(graph)
+    fixed = {given: grid for given, (_, grid) in found.items()}
+    for source, grid in found.values():
+        first_nodes = {id(_first(graph, given)) for given, pair in found.items() if pair == (source, grid)}
         alone = all(id(reader) in first_nodes for reader in graph.readers[source])
-        if grid.bits == 8 and alone and given not in graph.outputs:
-            fixed[source] = grid
-            for reader in graph.readers.get(given, []):
-                reader.input[:] = [source if name == given else name for name in reader.input]
-        else:
-            fixed[given] = grid
-    without_dead_ends(model.graph)
+        name, left = source, grid.bits == 8 and alone
+        while left and name not in graph.outputs and name not in found:
+            fixed[name] = grid
+            mover = graph.maker.get(name)
+            if mover is None or mover.op_type not in CARRIERS or len(mover.output) != 1:
+                break
+            name = mover.input[0]
+            left = len(graph.readers[name]) == 1
     return fixed
+
+
+def range_nodes(graph: Graph) -> dict[str, tuple[str, Grid]]:
+    """By tensor that the artifact's own range gives: what goes into the range, and the range."""
+    found = ((node.output[0], _fake_quantized(graph, node)) for node in graph.proto.node)
+    return {given: spotted for given, spotted in found if spotted is not None}
 
 
 def _first(graph: Graph, given: str) -> Any:
