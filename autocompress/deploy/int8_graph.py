@@ -20,13 +20,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from autocompress.compress.ranges import Grid
-from autocompress.deploy.int8_layers import Forms, Layer, without_dead_ends
+from autocompress.deploy.int8_layers import CARRIERS, Forms, Graph, Layer, own_ranges, range_nodes, without_dead_ends
 from autocompress.deploy.int8_weights import Rounded
 
 Array = NDArray[Any]
-
-CARRIERS = frozenset(("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"))
-"""Operations that move values and make none: their outputs have the ranges of their inputs."""
 
 
 def int8_graph(
@@ -41,7 +38,7 @@ def int8_graph(
     `ranges` has those of the sources and results of layers, `weights` and `biases` what 8-bit layers take.
     """
     made = copy.deepcopy(model)
-    build = _Build(made.graph, forms, ranges, weights, biases)
+    build = _Build(model, forms, ranges, weights, biases)
     nodes = [new for node in model.graph.node for new in build.instead_of(node)]
     del made.graph.node[:]
     made.graph.node.extend(nodes)
@@ -50,25 +47,47 @@ def int8_graph(
     return made
 
 
-def eight_bit(
-    nodes: Sequence[Any], forms: Forms, ranges: Mapping[str, Grid], outputs: set[str]
-) -> tuple[dict[str, Grid], set[str]]:
-    """The tensors that are kept in 8 bits by those that make them, with their ranges; and all that are read as such."""
-    static = [layer for layer, form in forms.items() if form == "static" and layer.kind != "table"]
-    read = {source for layer in static for source in layer.sources}
-    wanted = set(read)
-    for node in reversed(nodes):
-        if node.op_type in CARRIERS and set(node.output) & wanted:
-            wanted.add(node.input[0])
-    made = {
-        layer.result: ranges[layer.result]
-        for layer in static
-        if layer.kind in ("conv", "add") or (layer.result in wanted and layer.result not in outputs)
-    }
-    for node in nodes:
-        if node.op_type in CARRIERS and node.input[0] in made and node.output[0] in wanted and len(node.output) == 1:
-            made[node.output[0]] = made[node.input[0]]
-    return made, read
+class _Tensors:
+    """Which tensors are kept in 8 bits, and what stands for those that the artifact's own ranges of 8 bits give.
+
+    `made`: by tensor that its maker keeps in 8 bits its range. `own`: by tensor that a range gives what goes into it,
+    and the range. `same`: by such a tensor another of the same values: what goes into the range, where that is kept in
+    8 bits with it, else what the first such range gives.
+    """
+
+    def __init__(self, model: Any, forms: Forms, ranges: Mapping[str, Grid]) -> None:
+        graph, fixed = Graph(model.graph), own_ranges(model)
+        nodes = model.graph.node
+        self.own = {given: pair for given, pair in range_nodes(graph).items() if pair[1].bits == 8}
+        static = [layer for layer, form in forms.items() if form == "static" and layer.kind != "table"]
+        wanted = {source for layer in static for source in layer.sources}
+        for node in reversed(nodes):
+            if node.op_type in CARRIERS and set(node.output) & wanted:
+                wanted.add(node.input[0])
+            source, grid = self.own.get(node.output[0], ("", None))
+            if node.output[0] in wanted and grid is not None and fixed.get(source) == grid:
+                wanted.add(source)
+        self.made = {
+            layer.result: ranges[layer.result]
+            for layer in static
+            if layer.kind in ("conv", "add") or (layer.result in wanted and layer.result not in graph.outputs)
+        }
+        self.same: dict[str, str] = {}
+        first: dict[tuple[str, Grid], str] = {}
+        for node in nodes:
+            given = node.output[0]
+            if node.op_type in CARRIERS and given in wanted and len(node.output) == 1:
+                source = self.of(node.input[0])
+                if source in self.made:
+                    self.made[given] = self.made[source]
+            elif given in self.own:
+                source, grid = self.of(self.own[given][0]), self.own[given][1]
+                kept = self.made.get(source) == grid
+                self.same[given] = source if kept else first.setdefault((source, grid), given)
+
+    def of(self, name: str) -> str:
+        """The tensor to read for that one."""
+        return self.same.get(name, name)
 
 
 class _Build:
@@ -76,7 +95,7 @@ class _Build:
 
     def __init__(
         self,
-        graph: Any,
+        model: Any,
         forms: Forms,
         ranges: Mapping[str, Grid],
         weights: Mapping[Layer, Rounded],
@@ -90,8 +109,8 @@ class _Build:
                 self.first[layer.nodes[0].output[0]] = layer
                 self.covered |= {name for node in layer.nodes for name in node.output}
         self.forms = forms
-        outputs = {value.name for value in graph.output}
-        self.made, _ = eight_bit(graph.node, forms, ranges, outputs)
+        self.tensors = _Tensors(model, forms, ranges)
+        self.made = self.tensors.made
         self.constants: dict[str, Array] = {}
         self.done: set[str] = set()
         self.nodes: list[Any] = []
@@ -105,6 +124,7 @@ class _Build:
             rule(layer)
         elif not set(node.output) <= self.covered:
             new = copy.deepcopy(node)
+            new.input[:] = [self.tensors.of(name) for name in node.input]
             if node.output[0] in self.made:
                 new.output[0] = f"{node.output[0]}:f"
             self.nodes.append(new)
@@ -116,7 +136,9 @@ class _Build:
         return output
 
     def _constant(self, name: str, array: Array) -> str:
-        self.constants[name] = array
+        """The name, under which there is no other array."""
+        if not np.array_equal(self.constants.setdefault(name, array), array):
+            raise ValueError(f"two constants would have the name {name}")
         return name
 
     def _ending(self, name: str) -> str:
@@ -135,13 +157,15 @@ class _Build:
         self._emit("DequantizeLinear", [f"{result}:q", scale, zero], result)
 
     def _read(self, name: str) -> tuple[str, Grid]:
-        """The 8-bit view of a tensor, and its range."""
+        """The 8-bit view of a tensor, and its range; quantizing does what the artifact's own range of 8 bits does."""
+        name = self.tensors.of(name)
         if name in self.made:
             return name, self.made[name]
+        source, grid = self.tensors.own.get(name) or (name, self.ranges[name])
         if name not in self.done:
             self.done.add(name)
-            self._pair(name, f"{name}:8", self.ranges[name])
-        return f"{name}:8", self.ranges[name]
+            self._pair(self.tensors.of(source), f"{name}:8", grid)
+        return f"{name}:8", grid
 
     def _product(self, layer: Layer) -> None:
         end = self._ending(layer.result)
@@ -159,9 +183,13 @@ class _Build:
     def _static(self, layer: Layer, end: str) -> None:
         weight, bias = self.weights[layer], self.biases[layer]
         source, grid = self._read(layer.sources[0])
-        levels = self._constant(f"{layer.name}:w", weight.levels)
-        scales = self._constant(f"{layer.name}:s", weight.scales)
-        name = layer.nodes[0].output[0]
+        name, label = layer.nodes[0].output[0], layer.name
+        if bias is not None and layer.kind != "matmul":
+            fitting = weight.holding(bias, grid.scale)
+            if fitting is not weight:
+                weight, label = fitting, f"{name}:own"
+        levels = self._constant(f"{label}:w", weight.levels)
+        scales = self._constant(f"{label}:s", weight.scales)
         given = [levels, scales]
         if layer.kind == "gemm":  # which is fused only where its zero points are there
             given.append(self._constant(f":zeros_{len(weight.scales)}", np.zeros(len(weight.scales), np.int8)))
@@ -171,7 +199,7 @@ class _Build:
             return
         if bias is not None:
             steps = (weight.scales * np.float32(grid.scale)).astype(np.float32)
-            whole = np.clip(np.rint(bias / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+            whole = np.rint(bias / steps.astype(np.float64)).astype(np.int32)
             ints, steps_name = self._constant(f"{name}:b", whole), self._constant(f"{name}:t", steps)
             inputs.append(self._emit("DequantizeLinear", [ints, steps_name], f"{name}:d", axis=0))
         attributes = layer.attributes if layer.kind == "conv" else {}
@@ -187,7 +215,7 @@ class _Build:
         self._emit("Add", [f"{end}:p", self._constant(f"{layer.result}:b", bias)], end)
 
     def _dynamic(self, layer: Layer, end: str) -> None:
-        weight, source = self.weights[layer], layer.sources[0]
+        weight, source = self.weights[layer], self.tensors.of(layer.sources[0])
         q, s, z = f"{source}:dq", f"{source}:ds", f"{source}:dz"
         if q not in self.done:
             self.done.add(q)

@@ -16,7 +16,8 @@ from autocompress.compress.ranges import Grid
 
 Array = NDArray[Any]
 
-
+CARRIERS = frozenset(("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"))
+"""Operations that move values and make none: their outputs have the ranges of their inputs."""
 SMALLEST = 4096
 """Of constants that no layer reads and that are rounded, elements."""
 
@@ -85,21 +86,26 @@ def layers_of(model: Any) -> list[Layer]:
     """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs."""
     graph = Graph(model.graph)
     found = [layer for node in graph.proto.node if (layer := _layer(graph, node)) is not None]
-    kinds: dict[str, set[str]] = {}
+    sharing: dict[str, list[Layer]] = {}
     for layer in found:
-        kinds.setdefault(layer.name, set()).add(layer.kind)
-    counts = {name: sum(layer.name == name for layer in found) for name in kinds}
-    good = [
-        layer
-        for layer in found
-        if layer.kind == "add" or (len(kinds[layer.name]) == 1 and counts[layer.name] == _reads(graph, layer.name))
-    ]
+        sharing.setdefault(layer.name, []).append(layer)
+    alike = {name for name, same in sharing.items() if _alike(same) and len(same) == _reads(graph, name)}
+    good = [layer for layer in found if layer.kind == "add" or layer.name in alike]
     taken = {layer.name for layer in good}
     return good + [
         Layer("constant", name, (), (), name, array)
         for name, array in graph.constants.items()
         if _is_weight(array) and array.size >= SMALLEST and name not in taken
     ]
+
+
+def _alike(layers: Sequence[Layer]) -> bool:
+    """Whether layers read a weight in one way: as it is or turned, and with one normalisation in it."""
+    first = layers[0]
+    return all(
+        (layer.kind, layer.turned) == (first.kind, first.turned) and np.array_equal(layer.values, first.values)
+        for layer in layers[1:]
+    )
 
 
 def _reads(graph: Graph, name: str) -> int:
@@ -214,28 +220,30 @@ def _least(graph: Graph, clip: Any) -> float | None:
 def own_ranges(model: Any) -> dict[str, Grid]:
     """By tensor the range that the artifact gives its values (`compress.ranges`), at most 8 bits.
 
-    The nodes of a range of 8 bits are taken out of the graph where its tensor has no other reader: quantizing
-    it does what they do. Readers of others find the range at what these nodes give.
+    That of 8 bits is also one of the tensor that goes into it where all readers see it through this range, and of
+    those before that only move the same values: quantizing these does what its nodes do.
     """
     graph = Graph(model.graph)
-    found: dict[str, tuple[str, Grid]] = {}
-    for node in graph.proto.node:
-        spotted = _fake_quantized(graph, node)
-        if spotted is not None:
-            found[node.output[0]] = spotted
-    fixed: dict[str, Grid] = {}
-    for given, (source, grid) in found.items():
-        same = {name for name, pair in found.items() if pair == (source, grid)}
-        first_nodes = {id(_first(graph, name)) for name in same}
+    found = range_nodes(graph)
+    fixed = {given: grid for given, (_, grid) in found.items()}
+    for source, grid in found.values():
+        first_nodes = {id(_first(graph, given)) for given, pair in found.items() if pair == (source, grid)}
         alone = all(id(reader) in first_nodes for reader in graph.readers[source])
-        if grid.bits == 8 and alone and given not in graph.outputs:
-            fixed[source] = grid
-            for reader in graph.readers.get(given, []):
-                reader.input[:] = [source if name == given else name for name in reader.input]
-        else:
-            fixed[given] = grid
-    without_dead_ends(model.graph)
+        name, left = source, grid.bits == 8 and alone
+        while left and name not in graph.outputs and name not in found:
+            fixed[name] = grid
+            mover = graph.maker.get(name)
+            if mover is None or mover.op_type not in CARRIERS or len(mover.output) != 1:
+                break
+            name = mover.input[0]
+            left = len(graph.readers[name]) == 1
     return fixed
+
+
+def range_nodes(graph: Graph) -> dict[str, tuple[str, Grid]]:
+    """By tensor that the artifact's own range gives: what goes into the range, and the range."""
+    found = ((node.output[0], _fake_quantized(graph, node)) for node in graph.proto.node)
+    return {given: spotted for given, spotted in found if spotted is not None}
 
 
 def _first(graph: Graph, given: str) -> Any:

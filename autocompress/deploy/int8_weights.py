@@ -27,10 +27,15 @@ MOST = 127
 """The highest level."""
 _PAIR = 128
 """The largest sum of two neighbours: 255 * 128 < 2^15."""
-_STEPS = (0.85, 0.92, *(1 + k / 12 for k in range(12)), 2 * MOST / _PAIR)
-"""Steps tried, beside that of which the largest weight is `MOST`: the last one is safe for any weight."""
+_NARROW = (0.85, 0.92, 1.0)
+"""Steps tried, as shares of that of which the largest weight is `MOST`: the first two cut it off."""
+_STEPS = (*_NARROW, *(1 + k / 12 for k in range(1, 12)), 2 * MOST / _PAIR)
+"""Those where neighbours must be safe: of the last one any are."""
 _FEW = 84
 """More levels than these take a byte each also as digits of words."""
+_MOST_STEPS = 2**30
+"""Of a bias in int32: as many are left for the sum of products."""
+_TINY = float(np.finfo(np.float32).tiny)
 _SAME = 1e-3
 """How far from a whole number of steps, in steps, a weight on a grid may lie."""
 
@@ -50,11 +55,28 @@ class Rounded:
         shape[self.axis] = -1
         return (self.levels.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
 
+    def holding(self, bias: Array, step: float) -> Rounded:
+        """The weight, itself where it will do, with scales such that int32 holds the bias in steps of `scale * step`.
+
+        A row of smaller weights gets a wider scale, on which most of them are zero: beside the bias they do not count.
+        Of a row of zeros the bias alone tells the scale.
+        """
+        others = tuple(axis for axis in range(self.levels.ndim) if axis != self.axis)
+        used = np.where(self.levels.any(axis=others), self.scales.astype(np.float64), 0.0)
+        least = np.abs(bias.astype(np.float64)) / (_MOST_STEPS * step)
+        scales = np.maximum(np.maximum(used, least), _TINY / min(step, 1.0)).astype(np.float32)
+        if np.array_equal(scales, self.scales):
+            return self
+        shape = [1] * self.levels.ndim
+        shape[self.axis] = -1
+        levels = np.rint(self.levels * (used / scales).reshape(shape)).astype(np.int8)
+        return Rounded(levels, scales, self.axis, self.exact)
+
 
 def rounded(values: NDArray[np.float32], axis: int, *, alone: bool) -> Rounded:
     """The weight's levels per index of `axis`: those of its own grid where it has one, else of the least squared error.
 
-    If not `alone` no two neighbours overflow (`safe`): a row's step is as small as that allows.
+    The error is the least among steps tried. If not `alone` no two neighbours overflow (`safe`).
     """
     moved = np.moveaxis(values, axis, 0)
     rows = moved.reshape(len(moved), -1)
@@ -74,10 +96,10 @@ def _levels(rows: Array, steps: Array) -> NDArray[np.int8]:
 
 
 def _best_steps(rows: Array, shape: tuple[int, ...], alone: bool) -> Array:
-    """Of each row the step of least squared error among `_STEPS`, those that are safe; its widest one always is."""
-    widest = np.maximum(np.abs(rows).max(axis=1, initial=0) / MOST, np.finfo(np.float32).tiny)
+    """Of each row the step of least squared error among those tried that are safe."""
+    widest = np.maximum(np.abs(rows).max(axis=1, initial=0) / MOST, _TINY)
     best, least = np.full(len(rows), np.nan), np.full(len(rows), np.inf)
-    for factor in (1.0,) if alone else _STEPS:
+    for factor in _NARROW if alone else _STEPS:
         steps = widest * factor
         levels = _levels(rows, steps)
         error = np.square(levels * steps.astype(np.float32)[:, None] - rows).sum(axis=1)
