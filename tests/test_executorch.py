@@ -147,7 +147,7 @@ def test_int8_is_held_to_its_metric_float32_to_its_outputs(smoke, stand_in, tmp_
 @pytest.mark.parametrize(("noise", "words"), [(3.0, "has a test accuracy of 0"), (math.nan, "does not compute")])
 def test_int8_that_loses_more_than_a_point_leaves_nothing(smoke, stand_in, tmp_path, noise, words):  # noqa: F811
     stand_in(noise)
-    with pytest.raises(ExportError, match=rf"model.pte {words}"):
+    with pytest.raises(ExportError, match=rf"model.int8.pte {words}"):
         export(smoke[1], smoke[0], "executorch-int8", tmp_path / "out", FACTS)
     assert list(tmp_path.iterdir()) == []
 
@@ -201,10 +201,10 @@ def test_float32_gives_the_artifact_at_each_batch_size(conv):
 def test_int8_is_a_third_of_the_bytes_and_near(conv):
     task, artifact, made = conv
     (whole, _), (out, manifest) = made["executorch"], made["executorch-int8"]
-    assert (out / "model.pte").stat().st_size < 0.5 * (whole / "model.pte").stat().st_size
+    assert (out / "model.int8.pte").stat().st_size < 0.5 * (whole / "model.pte").stat().st_size
     with torch.no_grad():
         wanted = load(artifact, model=task.model)(task.test[0][:64])
-    found = execute(out / "model.pte", task.test[0][:64])
+    found = execute(out / "model.int8.pte", task.test[0][:64])
     assert 0 < (found - wanted).abs().mean() < 0.05 * wanted.std()
     assert abs(manifest["verification"]["metric_difference"]) <= verify.QUANTIZED_METRIC_TOLERANCE
 
@@ -212,7 +212,7 @@ def test_int8_is_a_third_of_the_bytes_and_near(conv):
 @runs
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_program_names_no_path_and_no_source(conv, fmt):
-    data = (conv[2][fmt][0] / "model.pte").read_bytes()
+    data = (conv[2][fmt][0] / deploy_export.FILES[fmt]).read_bytes()
     for leak in (b".py", b"site-packages", b"/tmp", str(Path.cwd()).encode(), str(Path.home()).encode(), b"torch.nn"):
         assert leak not in data
 

@@ -101,14 +101,20 @@ def test_bench_writes_the_record_which_mlflow_and_the_terminal_read(tmp_path, lo
         names = {p.key: p.value for p in runs.trial_points(record, trial)}
         assert names["latency_onnx_batch_2_ms"] == pytest.approx(1e3 * told.median)
         assert names["latency_onnx_batch_2_over_float32"] == told.ratio
-    assert cli.main(["bench", "timed", "--dir", str(folder), "--batch", "2", "--target", "onnx-int8"]) == 0
-    assert {told.target for told in api.open_study("timed", dir=folder).record.front[0].latencies} == {
-        "onnx", "onnx-int8"
-    }  # fmt: skip
-    capsys.readouterr()
     for arguments, said in ((["--batch", "0"], "batch is 0"), (["--batch", "1", "1"], "allowed: each size once")):
         assert cli.main(["bench", "timed", "--dir", str(folder), *arguments]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_keeps_the_latencies_of_each_target(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
+    folder = tmp_path / "runs"
+    api.search(f"{write_task(tmp_path)}:task", trials=2, workers=1, name="timed", dir=folder, finetune_epochs=0.5)
+    monkeypatch.setattr(latency, "measure", partial(latency.measure, turns=2, seconds=0.001))
+    for more in ([], ["--target", "onnx-int8"]):
+        assert cli.main(["bench", "timed", "--dir", str(folder), "--batch", "2", *more]) == 0
+    told = api.open_study("timed", dir=folder).record.front[0].latencies
+    assert {latency.target for latency in told} == {"onnx", "onnx-int8"}
 
 
 def test_later_latencies_replace_those_of_the_same_key(tmp_path, local, one_thread):  # noqa: F811

@@ -77,6 +77,7 @@ def studied(work, local):  # noqa: F811
     return ["waves.py:task", "--study", "waves", "--trials", "4", "--finetune-epochs", "0.2"]
 
 
+@pytest.mark.slow
 def test_a_search_for_onnx(work, studied, done, fail, tmp_path):  # noqa: F811
     text = done("search", *studied, "--target", "onnx")
     assert "(sizes are those of onnx files)" in text
@@ -117,7 +118,7 @@ class Untouched:
     __getitem__ = __len__ = __iter__
 
 
-@pytest.mark.parametrize("aim", ["onnx", "onnx-int8"])
+@pytest.mark.parametrize("aim", ["onnx", pytest.param("onnx-int8", marks=pytest.mark.slow)])
 def test_no_size_is_chosen_on_test_data(aim, tmp_path):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     data = compressed(task, LayerPlan(bits=4), tmp_path).read_bytes()
