@@ -370,7 +370,9 @@ def test_mlflow_serves(exports, tmp_path):
     words = [sys.executable, "-m", *(str(port) if word == "5001" else word for word in serve)]
     file.write_text(file.read_text().replace(":5001/", f":{port}/"))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    server = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}, **quiet)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it looks for its web server there
+    alone = {**os.environ, "PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    server = subprocess.Popen(words, cwd=tmp_path, env=alone, **quiet)
     try:
         wait_for(f"http://127.0.0.1:{port}/ping")
         check(output_of([sys.executable, file], tmp_path), exports, "digits")
