@@ -407,6 +407,7 @@ def narrow(name, tmp_path):
     return task, net_of(task, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["static", "dynamic", "weights", "float32", "mixed"])
 @pytest.mark.parametrize("name", NARROW)
 def test_the_artifacts_own_ranges_clip_in_every_form(name, form, tmp_path):
