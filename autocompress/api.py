@@ -224,6 +224,7 @@ def _search(
         epochs, trials = before.settings.epochs, before.asked if trials is None else trials
     trials, epochs = _scope(bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
+    chains = chains_within(sweep or trials - 1, cluster.workers)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,
@@ -246,8 +247,8 @@ def _search(
         target=target,
         inherit=inherit or priced,
         sweep=sweep,
-        chain=steps_within(sweep or trials - 1, chains_within(sweep or trials - 1, cluster.workers)),
-        chains=chains_within(sweep or trials - 1, cluster.workers),
+        chain=steps_within(sweep or trials - 1, chains),
+        chains=chains,
     )
     with _claimed(records, settings, chosen=name is not None) as claimed:
         store = _store(records, claimed)

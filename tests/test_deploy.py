@@ -753,6 +753,18 @@ def test_formats_that_calibrate_need_a_task(smoke, tmp_path):
         write_file("onnx-int8", artifact, recorder, tmp_path / "model.onnx")
 
 
+def test_a_graph_that_int8_does_not_understand_is_one_line(smoke, tmp_path, monkeypatch):
+    task, artifact, _, _ = smoke
+
+    def surprised(*_):
+        raise KeyError("/home/someone/net")
+
+    monkeypatch.setattr("autocompress.deploy.int8.layers_of", surprised)
+    with pytest.raises(ExportError, match="cannot be exported to ONNX in 8 bits: KeyError: 'net'"):
+        export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_session_that_fails_says_so(smoke, tmp_path):
     task, artifact, _, _ = smoke
     export(artifact, task, "onnx", tmp_path, FACTS)

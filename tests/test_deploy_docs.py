@@ -29,7 +29,7 @@ import pytest
 import torch
 from headless import browser, free_port, missing  # noqa: F401 (one is a fixture)
 from test_deploy import FACTS, SMALL, compressed, make_task
-from test_executorch import HERE
+from test_executorch import HERE, WITHOUT
 from torch import nn
 
 from autocompress import cli
@@ -353,7 +353,7 @@ def python_of(words):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HERE, reason="the extra executorch is not installed")
+@pytest.mark.skipif(not HERE, reason=WITHOUT)
 def test_executorch(exports, tmp_path):
     assert lines("ExecuTorch")[0][:2] == ["pip", "install"]
     for name in ("digits", "lenet300", "residual"):

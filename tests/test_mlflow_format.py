@@ -158,6 +158,19 @@ def test_an_alias_that_is_refused_leaves_the_version(made, store, monkeypatch):
     assert MlflowClient(uri).get_model_version("half", "1").status == "READY"
 
 
+def test_a_version_whose_link_is_refused_is_gone(made, store, monkeypatch):
+    from mlflow import MlflowClient
+
+    def refuse(*_):
+        raise RuntimeError("no tags today")
+
+    record, uri = store
+    monkeypatch.setattr(MlflowClient, "set_logged_model_tags", refuse)
+    with pytest.raises(TrackingError, match="the model was not registered: .*no tags today"):  # noqa: RUF043
+        register(record, uri, made[2], made[3], name="gone")
+    assert not list(MlflowClient(uri).search_model_versions("name = 'gone'"))
+
+
 @pytest.mark.parametrize("alias", ["", "a b", "latest", "Latest", "v3", "a/b", "x" * 256])
 def test_aliases_that_are_refused(alias):
     with pytest.raises(UsageError, match=r"alias is '.*', allowed: up to 255 letters, digits, _ and -; 'latest'"):

@@ -24,7 +24,7 @@ from autocompress.compress.artifact import load, read
 from autocompress.compress.ranges import attached
 from autocompress.deploy import verify
 from autocompress.deploy.calibration import training_inputs
-from autocompress.errors import ExportError, UsageError
+from autocompress.errors import AutocompressError, ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
 from autocompress.tasks.wording import one_line, without_paths
 
@@ -240,7 +240,13 @@ def write_file(
     if fmt == "onnx-int8" and task is not None:
         from autocompress.deploy import int8
 
-        return int8.write(module, inputs, names, file, recorder=recorder, task=task) | cut
+        try:
+            return int8.write(module, inputs, names, file, recorder=recorder, task=task) | cut
+        except AutocompressError:
+            raise
+        except Exception as error:  # a graph that is like none before
+            because = without_paths(one_line(error))
+            raise ExportError(f"{recorder.model} cannot be exported to ONNX in 8 bits: {because}") from error
     if fmt == "torch":
         from autocompress.deploy import torch_export
 

@@ -274,9 +274,7 @@ def _by_tracer(module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
     file: Any = BytesIO()  # which the tracer takes, whatever its annotation says
     axes = {name: {0: "batch"} for name in (*options["input_names"], *options["output_names"])}
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "error", TracerWarning
-        )  # a way that inputs chose, or a number made of them, would be kept
+        warnings.simplefilter("error", TracerWarning)  # a way that inputs chose would be the only one in the file
         torch.onnx.export(module, args, file, dynamo=False, do_constant_folding=False, dynamic_axes=axes, **options)
     return onnx.load_from_string(file.getvalue())
 

@@ -132,25 +132,28 @@ def register(
 def _version(
     client: Any, experiment_id: str, run_id: str, folder: Path, manifest: Mapping[str, Any], *, name: str
 ) -> str:
-    """The number of the new version of the model `name`; the model is deleted where anything fails."""
+    """The number of the new version of the model `name`; model and version are deleted where anything fails."""
     from mlflow.entities import LoggedModelOutput
 
     tags = model_tags(manifest)
     _ensure_name(client, name)
+    made: Any = None
     model = client.create_logged_model(experiment_id, f"trial-{manifest['recorded']['trial']}", run_id, tags)
     try:
         for file in (*manifest["files"], "manifest.json"):
             client.log_model_artifact(model.model_id, str(folder / file))
         client.finalize_logged_model(model.model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         source = model.artifact_location  # models:/ID would be looked up in the store of MLFLOW_TRACKING_URI
         made = client.create_model_version(name, source, run_id, tags, model_id=model.model_id, await_creation_for=0)
+        link = [{"name": name, "version": made.version}]  # the store's own, which only a server writes by itself
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(link)})
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])  # last: a run keeps it
     except Exception:
         with contextlib.suppress(Exception):
+            if made is not None:
+                client.delete_model_version(name, made.version)
             client.delete_logged_model(model.model_id)
         raise
-    link = [{"name": name, "version": made.version}]  # the store's own, which only a server writes by itself
-    client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": json.dumps(link)})
     return str(made.version)
 
 
