@@ -18,12 +18,14 @@ from autocompress import report
 from autocompress.errors import StudyBusy, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.origins import load_origin, origin_of
-from autocompress.record import TrialRecord, parse_time
+from autocompress.record import Latency, parse_time
 from autocompress.results import Study, records_of
 from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
+from autocompress.timing import Timing, parse_latency
 
 if TYPE_CHECKING:
+    from autocompress.deploy.target import Target
     from autocompress.engine import Cluster
     from autocompress.preflight import Preflight
     from autocompress.search.space import Space
@@ -52,6 +54,8 @@ def search(
     finetune_epochs: float | None = None,
     effort: str = "auto",
     target: str = "archive",
+    latency: int | None = None,
+    max_latency: str | float | None = None,
     inherit: bool = False,
     tracking_uri: str | None = None,
     data_dir: str | Path | None = None,
@@ -66,7 +70,9 @@ def search(
     space and seed are the same (StudyError otherwise). `time_budget` ("10m" or seconds) ends the
     search early; what is finished is kept. `target` says whose bytes are to be few: "archive" (the artifact), or a
     deployment, "onnx", "onnx-int8", "executorch" or "executorch-int8", measured at each rung as its export would be
-    written; its float32 export is then what ratios go by. `effort` is the coder of the artifacts: "auto" (the
+    written; its float32 export is then what ratios go by. `latency` makes the time of a call of so many examples in
+    onnxruntime a third objective, beside the float32 model's; `max_latency` ("0.7x" of it, or a time such as "2ms")
+    too, and plans beyond it are not feasible. `effort` is the coder of the artifacts: "auto" (the
     shortest of ours), "fast", "max", or "huffman" (Deep Compression's). With `inherit` a trial goes on
     from the state of the nearest milder plan of the front; the sampler "continuation" does so always
     (its default space is "continuation"), with about 2,000 steps of finetuning a trial when
@@ -81,7 +87,8 @@ def search(
 
     check_numbers(DEFAULT_TRIALS if trials is None else trials, seed, finetune_epochs)
     check_effort(effort)
-    check_target(target, sampler, effort)
+    timing = _timing(latency, max_latency)
+    check_target(target, sampler, effort, timing)
     engine.plan_cluster(workers, address)
     check_sampler(sampler)
     budget = None if time_budget is None else parse_time(time_budget)
@@ -103,6 +110,7 @@ def search(
         epochs=finetune_epochs,
         effort=effort,
         target=target,
+        timing=timing,
         inherit=inherit,
         tracking_uri=tracking_uri,
         address=address,
@@ -156,6 +164,7 @@ def resume(
         epochs=settings.epochs,
         effort=settings.effort,
         target=settings.target,
+        timing=settings.timing,
         inherit=settings.inherit,
         tracking_uri=tracking_uri,
         address=address,
@@ -187,6 +196,7 @@ def _search(
     epochs: float | None,
     effort: str,
     target: str,
+    timing: Timing | None,
     inherit: bool,
     tracking_uri: str | None,
     address: str | None,
@@ -195,7 +205,7 @@ def _search(
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
-    from autocompress.deploy.target import FileSize
+    from autocompress.deploy.target import Target, prepared
     from autocompress.search.continuation import (
         CONTINUATION,
         chains_within,
@@ -222,7 +232,8 @@ def _search(
     if epochs is None and along and name is not None and records.file(name).exists():
         before = StudyStore.open(records.file(name))
         epochs, trials = before.settings.epochs, before.asked if trials is None else trials
-    trials, epochs = _scope(bench, found, cluster, trials=trials, epochs=epochs, budget=budget, along=along)
+    aim = prepared(target, timing, bench)
+    trials, epochs = _scope(bench, found, cluster, aim, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
     chains = chains_within(sweep or trials - 1, cluster.workers)
     settings = Settings(
@@ -232,7 +243,7 @@ def _search(
         direction=task.direction,
         seed=seed,
         sampler=sampler,
-        baseline_bytes=FileSize(target).baseline(bench) or bench.baseline_bytes(),
+        baseline_bytes=aim.baseline_bytes or bench.baseline_bytes(),
         layers=bench.layers,
         space=found.source,
         fingerprint={**fingerprint(task), "space": found.fingerprint()},
@@ -245,6 +256,7 @@ def _search(
         origin=origin,
         effort=effort,
         target=target,
+        timing=aim.timing,
         inherit=inherit or priced,
         sweep=sweep,
         chain=steps_within(sweep or trials - 1, chains),
@@ -268,16 +280,18 @@ def _search(
                 rungs=len(settings.rungs),
                 startup=left > 0,
                 unstopped=max(settings.sweep, settings.steps),
+                file_seconds=aim.seconds,
             )
             on_preflight(settings.study, expected)
         deadline = None if budget is None else time.monotonic() + budget
         session = Session(store, records, listener or Silent(), deadline)
         session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
+            aim = Target(target, settings.timing, settings.baseline_bytes)
             if left:
-                trial = partial(run_trial, effort=settings.effort, size=FileSize(target))
+                trial = partial(run_trial, effort=settings.effort, deployed=aim)
                 engine.run(task, session, cluster, left, settings.rungs, trial=trial, states=settings.inherit)
-            _note_tests(store, records, task, bench)
+            _note_tests(store, records, task, bench, aim)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
 
@@ -307,6 +321,7 @@ def _scope(
     bench: Workbench,
     space: Space,
     cluster: Cluster,
+    aim: Target,
     *,
     trials: int | None,
     epochs: float | None,
@@ -321,8 +336,16 @@ def _scope(
         return wanted, epochs
     found: tuple[int, float] | None = None
     if along and budget is not None:
-        way = {"trials": wanted, "workers": cluster.workers, "threads": cluster.threads}
-        found = preflight.filling(bench, space, seconds=budget, **way, more=trials is None)
+        found = preflight.filling(
+            bench,
+            space,
+            seconds=budget,
+            trials=wanted,
+            workers=cluster.workers,
+            threads=cluster.threads,
+            more=trials is None,
+            file_seconds=aim.seconds,
+        )
     return found or (wanted, bench.default_epochs * (preflight.PATIENCE if along else 1))
 
 
@@ -383,19 +406,44 @@ def _tracked(session: Session) -> Iterator[None]:
             _log.warning("%s; when it is back, run: autocompress sync %s", session.tracker.problem, study)
 
 
-def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbench) -> None:
-    """Measure the front's members and the baseline on the test split, once each."""
+def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbench, aim: Target) -> None:
+    """Measure the front's members and the baseline on the test split, once each, and their latencies where these count.
+
+    Members of a front of another target than the archive are run in that target's runtime.
+    """
     from autocompress.compress.artifact import load
-    from autocompress.session import measure_tests
+    from autocompress.session import untested
     from autocompress.tasks.batches import evaluate
 
-    def measure(trial: TrialRecord) -> float:
+    left = untested(records_of(records, store))
+    if not left:
+        return
+    for trial in left:
         if trial.artifact is None:
             raise StudyError(f"the artifact of trial {trial.number} is missing from {str(records.root)!r}")
-        model = load(records.root / trial.artifact, model=task.model)
-        return evaluate(task, model.to(bench.device), "test")
+    artifacts = {trial.number: records.root / trial.artifact for trial in left if trial.artifact}
+    metrics: dict[int, float] = {}
+    latencies: dict[int, tuple[Latency, ...]] = {}
+    if aim.name != "archive" or aim.timing is not None:
+        metrics, latencies = aim.tested(task, {n: path for n, path in artifacts.items() if n})
+    if aim.name == "archive":
+        metrics = {}
+    for number in artifacts.keys() - metrics.keys():
+        metrics[number] = evaluate(task, load(artifacts[number], model=task.model).to(bench.device), "test")
+    store.note_tests(dict(sorted(metrics.items())))
+    if latencies:
+        store.note_latencies(latencies)
 
-    store.note_tests(measure_tests(records_of(records, store), measure))
+
+def _timing(latency: int | None, max_latency: str | float | None) -> Timing | None:
+    """What is timed; None where latency is no objective. Raises UsageError for a limit that is none."""
+    if latency is None and max_latency is None:
+        return None
+    limit = None
+    if max_latency is not None:
+        _, relative = parse_latency(max_latency)
+        limit = f"{max_latency:g}x" if relative and not isinstance(max_latency, str) else str(max_latency)
+    return Timing(batch=1 if latency is None else latency, limit=limit)
 
 
 def bench(
@@ -480,6 +528,7 @@ def _same_study(old: Settings, new: Settings) -> None:
         ("finetune-epochs", old.epochs, new.epochs),
         ("effort", old.effort, new.effort),
         ("target", old.target, new.target),
+        ("latency", old.timing and str(old.timing), new.timing and str(new.timing)),
         ("inherit", old.inherit, new.inherit),
     )
     for what, before, now in pairs:

@@ -76,26 +76,9 @@ def _parser() -> argparse.ArgumentParser:
             option(command)
         return command
 
-    search = add("search", _search, "Search plans for a task.", _search_options, _goal_options)
-    search.add_argument("task", metavar="TASK", help="a built-in name, module:function, or file.py:function")
-    search.add_argument("--study", metavar="NAME", help="name of the study (default: made from the task's)")
-    search.add_argument("--trials", type=_whole, metavar="N", help="trials of the study in all (40)")
-    search.add_argument("--space", metavar="FILE|NAME", help="search space (default: the one called default)")
-    search.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything random (0)")
-    search.add_argument("--sampler", default="tpe", metavar="NAME", help=f"{', '.join(SAMPLERS)} (tpe)")
-    search.add_argument(
-        "--inherit", action="store_true", help="trials go on from the states of the front's milder plans"
+    add(
+        "search", _search, "Search plans for a task.", _search_options, _goal_options, _new_search_options, _data_option
     )
-    search.add_argument(
-        "--finetune-epochs",
-        type=_number,
-        metavar="E",
-        help="finetuning of a trial (about 500 steps; continuation: 2000, or what fills --time-budget)",
-    )
-    _effort_option(search, "auto", "coder of the artifacts")
-    known = "whose bytes count: archive, onnx, onnx-int8, executorch or executorch-int8 (archive)"
-    search.add_argument("--target", default="archive", metavar="T", help=known)
-    _data_option(search)
     resume = add("resume", _resume, "Go on with a study after any stop.", _search_options, _goal_options)
     resume.add_argument("study", metavar="STUDY", nargs="?", help="the study (default: the latest)")
     resume.add_argument("--trials", type=_whole, metavar="N", help="trials of the study in all (default: as before)")
@@ -127,9 +110,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _new_search_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("task", metavar="TASK", help="a built-in name, module:function, or file.py:function")
+    command.add_argument("--study", metavar="NAME", help="name of the study (default: made from the task's)")
+    command.add_argument("--trials", type=_whole, metavar="N", help="trials of the study in all (40)")
+    command.add_argument("--space", metavar="FILE|NAME", help="search space (default: the one called default)")
+    command.add_argument("--seed", type=_whole, default=0, metavar="S", help="seed of everything random (0)")
+    command.add_argument("--sampler", default="tpe", metavar="NAME", help=f"{', '.join(SAMPLERS)} (tpe)")
+    command.add_argument(
+        "--inherit", action="store_true", help="trials go on from the states of the front's milder plans"
+    )
+    command.add_argument(
+        "--finetune-epochs",
+        type=_number,
+        metavar="E",
+        help="finetuning of a trial (about 500 steps; continuation: 2000, or what fills --time-budget)",
+    )
+    _effort_option(command, "auto", "coder of the artifacts")
+    known = "whose bytes count: archive, onnx, onnx-int8, executorch or executorch-int8 (archive)"
+    command.add_argument("--target", default="archive", metavar="T", help=known)
+    known = "make the time of a call of B examples (1) in onnxruntime a third objective"
+    command.add_argument("--latency", type=_whole, nargs="?", const=1, metavar="B", help=known)
+    known = "like --latency, and plans slower than such as 0.7x (of the float32 model) or 2ms are not feasible"
+    command.add_argument("--max-latency", metavar="L", help=known)
+
+
 def _export_options(command: argparse.ArgumentParser) -> None:
-    known = "knee, smallest, best or trial=N (limits: smallest, else knee)"
+    known = "knee, smallest, fastest, best or trial=N (limits: smallest, else knee)"
     command.add_argument("--pick", default=None, metavar="WHICH", help=known)
+    known = "slowest call, such as 0.7x (of the float32 model's) or 2ms"
+    command.add_argument("--max-latency", metavar="L", help=known)
     known = "archive, onnx, onnx-int8, torch, executorch, executorch-int8 or mlflow (onnx)"
     command.add_argument("--format", default="onnx", metavar="FORMAT", help=known)
     _effort_option(command, None, "code an archive anew")
@@ -226,6 +236,8 @@ def _search(options: argparse.Namespace) -> int:
             finetune_epochs=options.finetune_epochs,
             effort=options.effort,
             target=options.target,
+            latency=options.latency,
+            max_latency=options.max_latency,
             inherit=options.inherit,
             tracking_uri=options.tracking_uri,
             data_dir=options.data_dir,
@@ -309,14 +321,14 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
     for name, trial in name_points(record):
         say(f"{name:<9} {report.trial_summary(record, trial)}")
     goal = ""
-    if record.front and (options.max_drop or options.max_size):
-        goal = "".join(
-            f" --{what} {shlex.quote(value)}"
-            for what, value in (("max-drop", options.max_drop), ("max-size", options.max_size))
-            if value
-        )
+    limits = {"max_drop": options.max_drop, "max_size": options.max_size, "max_latency": None}
+    if record.timing is not None:
+        limits["max_latency"] = record.timing.limit
+    if record.front and any(limits.values()):
+        given = {name.replace("_", "-"): value for name, value in limits.items() if value}
+        goal = "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items())
         try:
-            chosen = pick(record, max_drop=options.max_drop, max_size=options.max_size)
+            chosen = pick(record, **limits)
             say(f"goal met  {report.trial_summary(record, chosen)}")
         except UsageError as missed:
             goal = ""
@@ -510,9 +522,10 @@ def _export(options: argparse.Namespace) -> int:
         api.check_effort(options.effort)
     study = api.open_study(options.study, dir=options.dir)
     choice = options.pick or "smallest"
-    if options.pick is None and not (options.max_drop or options.max_size):
+    limits = {"max_drop": options.max_drop, "max_size": options.max_size, "max_latency": options.max_latency}
+    if options.pick is None and not any(limits.values()):
         choice = "knee"
-    trial = pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
+    trial = pick(study.record, choice=choice, **limits)
     manifest = study.point(trial).export(
         options.out, format=options.format, effort=options.effort, register=options.register, alias=options.alias
     )
@@ -555,13 +568,16 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _check_goal(options: argparse.Namespace) -> None:
-    """Mistakes in --max-drop and --max-size show before any work is done."""
+    """Mistakes in --max-drop, --max-size and --max-latency show before any work is done."""
     from autocompress.record import parse_drop, parse_size
+    from autocompress.timing import parse_latency
 
     if options.max_drop is not None:
         parse_drop(options.max_drop)
     if options.max_size is not None:
         parse_size(options.max_size)
+    if getattr(options, "max_latency", None) is not None:
+        parse_latency(options.max_latency)
 
 
 def _console() -> Console:

@@ -218,7 +218,9 @@ class Measurement:
 
     `epoch` counts finetuning so far, `size_bytes` is the length of the artifact, `metric_val`
     the task's metric on the validation split by the model that the artifact decodes to, `macs`
-    the multiply-accumulates of one example, `seconds` the time since the trial began.
+    the multiply-accumulates of one example, `seconds` the time since the trial began. Of a search that aims at another
+    target than the archive `size_bytes` is the length of that file, and `metric_val` what it computes, where it
+    quantizes by itself. `latency`, where that is an objective, is the time of a call over the float32 model's.
     """
 
     rung: int
@@ -227,9 +229,10 @@ class Measurement:
     metric_val: float
     macs: int
     seconds: float
+    latency: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "latency" or value is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Measurement:

@@ -94,11 +94,13 @@ def preflight(
     rungs: int,
     startup: bool,
     unstopped: int = 0,
+    file_seconds: float = 0.0,
 ) -> Preflight:
     """Measure a few steps of a middling plan on one worker's threads, and extend that to the search.
 
     `startup` is false when the search is not about to start Ray (there is nothing to wait for). The first `unstopped`
-    trials after the baseline are never stopped early, nor are any of a search with one rung.
+    trials after the baseline are never stopped early, nor are any of a search with one rung. `file_seconds`: of the
+    target's file, at each rung.
     """
     rows = coverage(bench)
     kept = sum(r.elements for r in rows if r.kind == "kept")
@@ -108,6 +110,7 @@ def preflight(
         step, fixed = _costs(bench, space, threads, epochs)
     except Exception as error:  # whatever a user's loss, metric or data raises: a trial will say it again
         step, fixed, problem = math.nan, math.nan, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    fixed += file_seconds
     recipe_epochs = space.middle(epochs).recipe.epochs
     full = recipe_epochs * bench.steps_per_epoch * step + rungs * fixed
     early = max(0, trials - unstopped - 1) if rungs > 1 else 0
@@ -161,7 +164,15 @@ def where_seen(space: Space, bench: Workbench) -> tuple[Space, list[str]]:
 
 
 def filling(
-    bench: Workbench, space: Space, *, seconds: float, trials: int, workers: int, threads: int, more: bool
+    bench: Workbench,
+    space: Space,
+    *,
+    seconds: float,
+    trials: int,
+    workers: int,
+    threads: int,
+    more: bool,
+    file_seconds: float = 0.0,
 ) -> tuple[int, float] | None:
     """Trials of a continuation, and epochs of finetuning for each, that take about `seconds`.
 
@@ -172,6 +183,7 @@ def filling(
         step, fixed = _costs(bench, space, threads, 1.0)
     except Exception:  # whatever a user's loss, metric or data raises
         return None
+    fixed += file_seconds
     workers = min(workers, trials)
     slowed = _CONTENTION if workers > 1 else 1.0
     left = (_FILLED * seconds - STARTUP_SECONDS - 8 * fixed) / slowed

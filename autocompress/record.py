@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from autocompress import pareto
 from autocompress.errors import UsageError
 from autocompress.plan import LayerSpec, Measurement, Plan
+from autocompress.timing import Timing, parse_latency, ratio_of, step
 
 STATES = ("running", "complete", "stopped", "failed")
 
@@ -81,7 +82,8 @@ class StudyRecord:
     `metric` the metric's name, `baseline_bytes` the model's float32 state as a safetensors file, or its float32 export
     where sizes are those of another `target` than the archive,
     `asked` how many trials were asked for, `space` the search space as it was read, `versions`
-    those of the packages that matter, `tracking` the MLflow tracking URI, experiment and run.
+    those of the packages that matter, `tracking` the MLflow tracking URI, experiment and run. `timing` says what is
+    timed where latency is the third objective, else it is None.
     """
 
     study: str
@@ -104,6 +106,7 @@ class StudyRecord:
     sampler: str = "tpe"
     workers: int = 1
     target: str = "archive"
+    timing: Timing | None = None
 
     @property
     def sign(self) -> float:
@@ -123,7 +126,7 @@ class StudyRecord:
     @cached_property
     def front(self) -> tuple[TrialRecord, ...]:
         """The non-dominated trials by rising size; the earlier one of equals."""
-        points = [self._objectives(t) for t in self.measured]
+        points = [self.objectives(t.best) for t in self.measured if t.best]
         return tuple(self.measured[i] for i in pareto.front(points))
 
     def count(self, state: str) -> int:
@@ -135,22 +138,41 @@ class StudyRecord:
         assert trial.best is not None
         return self.baseline_bytes / trial.best.size_bytes
 
+    def objectives(self, measurement: Measurement) -> tuple[float, ...]:
+        """What a front compares, all minimised: size, signed metric, and where it is one the step of the latency."""
+        two = float(measurement.size_bytes), self.sign * measurement.metric_val
+        return two if self.timing is None else (*two, step(measurement.latency or 1.0))
+
     def hypervolume(self, upto: int | None = None) -> float:
         """Hypervolume of the trials with numbers up to `upto` (all when None), in octaves.
 
-        Objectives: log2(size / baseline size), and the metric's loss against the baseline, in
-        units of the baseline's metric (its absolute value, or 1 where that is 0). Reference
-        point: (0, 1), that is the baseline's size with a metric of zero (or of twice the
-        baseline's where it is minimised). 5.0 would be a lossless 32x. 0 before trial 0 is measured.
+        Objectives: log2(size / baseline size), the metric's loss against the baseline, in
+        units of the baseline's metric (its absolute value, or 1 where that is 0), and where latency is an objective
+        log2(latency / baseline latency). Reference
+        point: (0, 1, 1), that is the baseline's size with a metric of zero (or of twice the
+        baseline's where it is minimised) at twice its latency. 5.0 would be a lossless 32x, at the baseline's latency
+        if that counts; at half of it 10.0. 0 before trial 0 is measured.
         """
         if self.baseline is None:
             return 0.0
+        trials = [t for t in self.measured if upto is None or t.number <= upto]
         points = [
-            (-math.log2(self.ratio(t)), self.relative_drop(t))
-            for t in self.measured
-            if upto is None or t.number <= upto
+            (-math.log2(self.ratio(t)), self.relative_drop(t), *self.objectives(t.best)[2:]) for t in trials if t.best
         ]
-        return pareto.hypervolume(points, (0.0, 1.0))
+        return pareto.hypervolume(points, (0.0, 1.0) if self.timing is None else (0.0, 1.0, 1.0))
+
+    def latency(self, trial: TrialRecord) -> float | None:
+        """The time of a call over the float32 model's: `bench`'s where it measured as the trials do, else the trial's.
+
+        Where latency is no objective, of the target's (else the ONNX) file for one example on one thread. None where
+        it was not measured.
+        """
+        timing = self.timing or Timing()
+        targets = (self.target,) if self.target not in ("archive", "mlflow") else ("onnx",)
+        for found in trial.latencies:
+            if found.target in targets and (found.batch, found.threads) == (timing.batch, timing.threads):
+                return found.ratio
+        return None if trial.best is None else trial.best.latency
 
     def drop(self, trial: TrialRecord) -> float:
         """How much worse than the baseline's the trial's validation metric is, in the metric's units."""
@@ -164,38 +186,69 @@ class StudyRecord:
     def knee(self) -> TrialRecord:
         """The front's knee point, sizes on a logarithmic scale. Raises UsageError on an empty front."""
         self._require_front()
-        points = [(math.log2(t.best.size_bytes), self.sign * t.best.metric_val) for t in self.front if t.best]
+        points = [(math.log2(size), *rest) for size, *rest in (self.objectives(t.best) for t in self.front if t.best)]
         return self.front[pareto.knee(points)]
 
     def best(self) -> TrialRecord:
-        """The front's point with the best validation metric. Raises UsageError on an empty front."""
-        self._require_front()
-        return self.front[-1]
+        """The front's point with the best validation metric, the smallest of equals.
 
-    def within(self, max_drop: float | None = None, max_size: int | None = None) -> tuple[TrialRecord, ...]:
-        """The front's points whose drop (metric units) and size (bytes) are within the limits."""
-        return tuple(
-            t
-            for t in self.front
-            if (max_drop is None or self.drop(t) <= max_drop + 1e-12)
-            and (max_size is None or (t.best is not None and t.best.size_bytes <= max_size))
+        Raises UsageError on an empty front.
+        """
+        self._require_front()
+        return best_of(self, self.front)
+
+    def within(
+        self, max_drop: float | None = None, max_size: int | None = None, max_latency: float | None = None
+    ) -> tuple[TrialRecord, ...]:
+        """The front's points whose drop (metric units), size (bytes) and latency (ratio) are within the limits."""
+        return tuple(t for t in self.front if not self._excess(t, max_drop, max_size, max_latency))
+
+    def nearest(
+        self, max_drop: float | None = None, max_size: int | None = None, max_latency: float | None = None
+    ) -> TrialRecord:
+        """The front's point that misses the limits by the least: relative excesses, summed."""
+        self._require_front()
+        return min(self.front, key=lambda trial: self._excess(trial, max_drop, max_size, max_latency))
+
+    def _excess(
+        self, trial: TrialRecord, max_drop: float | None, max_size: int | None, max_latency: float | None
+    ) -> float:
+        """How far a trial is beyond the limits, relatively; 0 within them."""
+        assert trial.best is not None
+        over = 0.0
+        if max_drop is not None and self.drop(trial) > max_drop + 1e-12:
+            scale = abs(max_drop) or abs(self.drop(self.best())) or 1.0
+            over += (self.drop(trial) - max_drop) / scale
+        if max_size is not None:
+            over += max(0.0, trial.best.size_bytes / max_size - 1)
+        if max_latency is not None:
+            latency = self.latency(trial)
+            over += math.inf if latency is None else max(0.0, latency / max_latency - 1)
+        return over
+
+    def latency_limit(self, max_latency: str | float | None) -> float | None:
+        """`max_latency` ("0.7x", "2ms") as a ratio to the float32 model's.
+
+        Raises UsageError where it is neither, or where no latency of this study was measured.
+        """
+        if max_latency is None:
+            return None
+        parse_latency(max_latency)
+        timed = [t for t in self.front if self.latency(t) is not None]
+        if not timed:
+            raise UsageError(
+                f"max-latency is {max_latency!r}, and study {self.study!r} has no latencies: measure them with "
+                f"autocompress bench {self.study}, or search with --latency"
+            )
+        return ratio_of(max_latency, self._baseline_latency())
+
+    def _baseline_latency(self) -> float:
+        """Seconds of a call of the float32 model."""
+        if self.timing is not None:
+            return self.timing.baseline
+        return next(
+            found.baseline for t in self.front for found in t.latencies if (found.batch, found.threads) == (1, 1)
         )
-
-    def nearest(self, max_drop: float | None = None, max_size: int | None = None) -> TrialRecord:
-        """The front's point that misses the limits by the least: relative excess of size plus drop."""
-        self._require_front()
-
-        def excess(trial: TrialRecord) -> float:
-            assert trial.best is not None
-            over = 0.0
-            if max_drop is not None:
-                scale = abs(max_drop) or abs(self.drop(self.front[-1])) or 1.0
-                over += max(0.0, self.drop(trial) - max_drop) / scale
-            if max_size is not None:
-                over += max(0.0, trial.best.size_bytes / max_size - 1)
-            return over
-
-        return min(self.front, key=excess)
 
     def metric_limit(self, max_drop: str | float | None) -> float | None:
         """`max_drop` in the metric's units. "1%" is a point (0.01) for a metric that is a fraction
@@ -220,6 +273,7 @@ class StudyRecord:
             "direction": self.direction,
             "seed": self.seed,
             **({"target": self.target} if self.target != "archive" else {}),
+            **({"latency": self.timing.to_json()} if self.timing is not None else {}),
             "trials": {state: self.count(state) for state in ("complete", "stopped", "failed")},
             "baseline": {
                 "size_bytes": self.baseline_bytes,
@@ -241,16 +295,13 @@ class StudyRecord:
             "metric_val": trial.best.metric_val,
             "metric_test": trial.metric_test,
             "macs": trial.best.macs,
+            **({"latency": self.latency(trial)} if self.timing is not None else {}),
             "artifact": trial.artifact,
             **({"parent": trial.parent} if trial.parent is not None else {}),
             "plan": {name or "model": layer.to_json() for name, layer in trial.plan.layers.items()},
             "recipe": trial.plan.recipe.to_json(),
             **({"latencies": [latency.to_json() for latency in trial.latencies]} if trial.latencies else {}),
         }
-
-    def _objectives(self, trial: TrialRecord) -> tuple[float, float]:
-        assert trial.best is not None
-        return float(trial.best.size_bytes), self.sign * trial.best.metric_val
 
     def _baseline_metric(self) -> float:
         if self.baseline is None or self.baseline.best is None:
@@ -318,11 +369,25 @@ def parse_time(text: str | float) -> float:
     return seconds
 
 
+def best_of(record: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord:
+    """The one with the best validation metric, the smallest of equals."""
+    return min(trials, key=lambda t: (record.sign * t.best.metric_val, t.best.size_bytes) if t.best else (math.inf, 0))
+
+
+def fastest_of(record: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord:
+    """The one of the least latency, the smallest of equals. Raises UsageError where none was measured."""
+    timed = [trial for trial in trials if record.latency(trial) is not None]
+    if not timed:
+        raise UsageError(f"study {record.study!r} has no latencies: autocompress bench {record.study} measures them")
+    return min(timed, key=lambda t: (record.latency(t) or 0.0, t.best.size_bytes if t.best else 0))
+
+
 def name_points(record: StudyRecord) -> Iterable[tuple[str, TrialRecord]]:
-    """The front's points worth naming: the smallest, the knee, the best; each once."""
+    """The front's points worth naming: the smallest, the knee, where time is an objective the fastest, the best."""
     if not record.front:
         return []
-    named = [("smallest", record.front[0]), ("knee", record.knee()), ("best", record.best())]
+    timed = [("fastest", fastest_of(record, record.front))] if record.timing is not None else []
+    named = [("smallest", record.front[0]), ("knee", record.knee()), *timed, ("best", record.best())]
     seen: dict[int, tuple[str, TrialRecord]] = {}
     for name, trial in reversed(named):
         seen[trial.number] = (name, trial)

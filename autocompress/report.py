@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,15 @@ def trial_summary(record: StudyRecord, trial: TrialRecord) -> str:
     if record.baseline is not None and trial.number != 0:
         metric += f" ({trial.best.metric_val - _baseline_metric(record):+.4f})"
     stopped = "stopped" if trial.state == "stopped" else ""
-    parts = [size, metric, plan_summary(record, trial.plan), stopped]
+    latency = latency_text(record, trial) if record.timing is not None else ""
+    parts = [size, metric, latency and f"latency {latency}", plan_summary(record, trial.plan), stopped]
     return f"trial {trial.number}: " + ", ".join(part for part in parts if part)
+
+
+def latency_text(record: StudyRecord, trial: TrialRecord) -> str:
+    """The time of a call over the float32 model's: "0.52x", or "-" where it was not measured."""
+    ratio = record.latency(trial)
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def baseline_text(record: StudyRecord) -> str:
@@ -106,7 +114,9 @@ def baseline_text(record: StudyRecord) -> str:
     if base is None or base.best is None:
         return f"baseline  {human_bytes(record.baseline_bytes)} {_of_float32(record)}, not measured yet"
     val, test = metric_text(base.best.metric_val), metric_text(base.metric_test)
-    return f"baseline  {human_bytes(record.baseline_bytes)} {_of_float32(record)}, {record.metric} {val} (test {test})"
+    timed = "" if record.timing is None else f", {1e3 * record.timing.baseline:.3g} ms a call of {record.timing.batch}"
+    said = f"{human_bytes(record.baseline_bytes)} {_of_float32(record)}, {record.metric} {val} (test {test}){timed}"
+    return f"baseline  {said}"
 
 
 def _of_float32(record: StudyRecord) -> str:
@@ -184,6 +194,8 @@ def _flat(point: dict[str, Any]) -> dict[str, Any]:
     What is not known is empty; a rank that is not limited is "full".
     """
     row: dict[str, Any] = {key: point[key] for key in CSV_COLUMNS}
+    if "latency" in point:
+        row["latency"] = point["latency"]
     for name, layer in point["plan"].items():
         row |= {f"{name or 'model'}.{key}": "full" if value is None else value for key, value in layer.items()}
     return row | {f"recipe.{key}": value for key, value in point["recipe"].items()}
@@ -191,7 +203,8 @@ def _flat(point: dict[str, Any]) -> dict[str, Any]:
 
 def _headers(record: StudyRecord) -> list[str]:
     metric = record.metric or "metric"
-    return ["trial", "size", "ratio", f"{metric} val", "drop", f"{metric} test", "MACs", "plan"]
+    timed = ["latency"] if record.timing is not None else []
+    return ["trial", "size", "ratio", f"{metric} val", "drop", f"{metric} test", *timed, "MACs", "plan"]
 
 
 def _rows(record: StudyRecord, trials: Sequence[TrialRecord]) -> list[list[str]]:
@@ -207,6 +220,7 @@ def _rows(record: StudyRecord, trials: Sequence[TrialRecord]) -> list[list[str]]
                 metric_text(trial.best.metric_val),
                 metric_text(record.drop(trial)) if record.baseline else "-",
                 metric_text(trial.metric_test),
+                *([latency_text(record, trial)] if record.timing is not None else []),
                 human_count(trial.best.macs),
                 plan_summary(record, trial.plan),
             ]
@@ -279,14 +293,15 @@ def front_png(record: StudyRecord, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.scatter(*_points(_others(record)), s=22, color=GREY, alpha=0.7, linewidths=0, label="other trials", zorder=2)
-    style: dict[str, Any] = {
-        "color": BLUE,
-        "markersize": 6,
-        "drawstyle": "steps-post",
-        "label": "Pareto front",
-        "zorder": 3,
-    }
-    axes.plot(*_points(record.front), "-o", **style)
+    style: dict[str, Any] = {"color": BLUE, "drawstyle": "steps-post", "zorder": 3}
+    if record.timing is None:
+        axes.plot(*_points(record.front), "-o", markersize=6, label="Pareto front", **style)
+    else:
+        axes.plot(*_points(_flat_front(record)), "-", linewidth=1, **style)
+        shown = axes.scatter(
+            *_points(record.front), c=_latencies(record), s=40, cmap="viridis", label="Pareto front", zorder=4
+        )
+        figure.colorbar(shown, label="time of a call over float32's")
     if record.baseline is not None:
         metric = _baseline_metric(record)
         axes.axhline(metric, color=ORANGE, linewidth=1, linestyle=":", zorder=1)
@@ -339,7 +354,14 @@ def front_html(record: StudyRecord, path: Path) -> None:
 
     figure = go.Figure()
     figure.add_trace(_trace(record, _others(record), "other trials", mode="markers", color=GREY, size=7))
-    figure.add_trace(_trace(record, record.front, "Pareto front", mode="lines+markers", color=BLUE, size=10))
+    if record.timing is None:
+        figure.add_trace(_trace(record, record.front, "Pareto front", mode="lines+markers", color=BLUE, size=10))
+    else:
+        flat = "of size and metric"
+        figure.add_trace(_trace(record, _flat_front(record), flat, mode="lines", color=BLUE, size=1))
+        figure.add_trace(
+            _trace(record, record.front, "Pareto front", mode="markers", color=_latencies(record), size=10)
+        )
     if record.baseline is not None:
         figure.add_trace(
             go.Scatter(
@@ -362,17 +384,37 @@ def front_html(record: StudyRecord, path: Path) -> None:
     figure.write_html(path, include_plotlyjs=True, config={"displaylogo": False})
 
 
-def _trace(record: StudyRecord, trials: Sequence[TrialRecord], name: str, *, mode: str, color: str, size: int) -> Any:
+def _flat_front(record: StudyRecord) -> list[TrialRecord]:
+    """The front of size and metric alone."""
+    return list(replace(record, timing=None).front)
+
+
+def _latencies(record: StudyRecord) -> list[float]:
+    return [record.latency(trial) or 1.0 for trial in record.front]
+
+
+def _trace(
+    record: StudyRecord,
+    trials: Sequence[TrialRecord],
+    name: str,
+    *,
+    mode: str,
+    color: str | list[float],
+    size: int,
+) -> Any:
+    """A trace of trials; a colour for each, by its latency, has a bar."""
     import plotly.graph_objects as go
 
     sizes, metrics = _points(trials)
+    bar = {"title": "time over float32's", "x": 1.02}
+    scale = {} if isinstance(color, str) else {"colorscale": "Viridis", "showscale": True, "colorbar": bar}
     return go.Scatter(
         x=sizes,
         y=metrics,
         name=name,
         mode=mode,
         line={"shape": "hv"},
-        marker={"color": color, "size": size},
+        marker={"color": color, "size": size, **scale},
         text=[_hover(record, trial) for trial in trials],
         customdata=[trial.number for trial in trials],
         hovertemplate="%{text}<extra></extra>",
@@ -387,6 +429,7 @@ def _hover(record: StudyRecord, trial: TrialRecord) -> str:
         f"<b>trial {trial.number}</b> ({trial.state})",
         f"{human_bytes(trial.best.size_bytes)}, {record.ratio(trial):.1f}x smaller",
         f"{escape(record.metric)} {metric_text(trial.best.metric_val)}{test}",
+        f"latency {latency_text(record, trial)}" if record.timing is not None else "",
         plan_summary(record, trial.plan),
     ]
     layers = list(trial.plan.layers.items())

@@ -14,7 +14,15 @@ from autocompress.errors import ArtifactError, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.origins import load_origin
 from autocompress.plan import Plan
-from autocompress.record import StudyRecord, TrialRecord, parse_size, without_folders, without_password
+from autocompress.record import (
+    StudyRecord,
+    TrialRecord,
+    best_of,
+    fastest_of,
+    parse_size,
+    without_folders,
+    without_password,
+)
 from autocompress.search.study import StudyStore
 from autocompress.tasks.task import Task
 
@@ -24,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """A member of the front. `metric_test` is None until the search has ended."""
+    """A member of the front. `metric_test` is None until the search has ended.
+
+    `latency` is the time of a call over the float32 model's, None where it was not measured.
+    """
 
     trial: int
     size_bytes: int
@@ -34,7 +45,8 @@ class Point:
     macs: int
     plan: Plan
     artifact: Path
-    _study: Study = field(repr=False, compare=False)
+    latency: float | None = None
+    _study: Study = field(repr=False, compare=False, kw_only=True)
     _sha256: str | None = field(default=None, repr=False, compare=False)
 
     def model(self) -> nn.Module:
@@ -106,6 +118,7 @@ class Point:
             "size_bytes": self.size_bytes,
             "metric_val": self.metric_val,
             "metric_test": self.metric_test,
+            **({"latency": self.latency} if self.latency is not None else {}),
             "baseline": base,
             "seed": record.seed,
             "command": without_folders(record.command),
@@ -145,13 +158,24 @@ class Front(Sequence[Point]):
     def __getitem__(self, index: int | slice) -> Point | tuple[Point, ...]:
         return self.points[index]
 
-    def smallest(self, max_drop: str | float | None = None, max_size: str | int | None = None) -> Point:
+    def smallest(
+        self,
+        max_drop: str | float | None = None,
+        max_size: str | int | None = None,
+        max_latency: str | float | None = None,
+    ) -> Point:
         """The smallest point within the limits on validation data.
 
-        `max_drop`: how much worse than the baseline, in the metric's units (0.01) or as "1%".
+        `max_drop`: how much worse than the baseline, in the metric's units (0.01) or as "1%"; `max_latency`: times the
+        float32 model's, "0.7x", or a time, "2ms".
         Raises UsageError that names the nearest point where none is within them.
         """
-        return self._one(pick(self.record, max_drop=max_drop, max_size=max_size, choice="smallest"))
+        found = pick(self.record, max_drop=max_drop, max_size=max_size, max_latency=max_latency, choice="smallest")
+        return self._one(found)
+
+    def fastest(self, max_drop: str | float | None = None, max_size: str | int | None = None) -> Point:
+        """The point of the least latency within the limits. Raises UsageError where none was measured."""
+        return self._one(pick(self.record, max_drop=max_drop, max_size=max_size, choice="fastest"))
 
     def best(self, max_size: str | int | None = None) -> Point:
         """The point with the best validation metric, among those within the size limit."""
@@ -214,6 +238,7 @@ class Study:
             macs=best.macs,
             plan=trial.plan,
             artifact=self.records.root / artifact,
+            latency=self.record.latency(trial),
             _study=self,
             _sha256=trial.sha256,
         )
@@ -224,9 +249,10 @@ def pick(
     *,
     max_drop: str | float | None = None,
     max_size: str | int | None = None,
+    max_latency: str | float | None = None,
     choice: str = "smallest",
 ) -> TrialRecord:
-    """The front's member that a choice means: knee, smallest, best, or trial=N, within the limits.
+    """The front's member that a choice means: knee, smallest, fastest, best, or trial=N, within the limits.
 
     Raises UsageError for an unknown choice, and where no member is within the limits (it names the nearest).
     """
@@ -235,24 +261,26 @@ def pick(
         members = {str(t.number): t for t in (*record.front, *([record.baseline] if record.baseline else []))}
         if number not in members:
             raise UsageError(f"pick is {choice!r}, allowed: trials on the front: {', '.join(sorted(members, key=int))}")
-        if max_drop is not None or max_size is not None:
-            raise UsageError(f"pick is {choice!r}, allowed with max-drop and max-size: knee, smallest, best")
+        if max_drop is not None or max_size is not None or max_latency is not None:
+            known = "knee, smallest, fastest, best"
+            raise UsageError(f"pick is {choice!r}, allowed with max-drop, max-size and max-latency: {known}")
         return members[number]
-    if choice not in ("knee", "smallest", "best"):
-        raise UsageError(f"pick is {choice!r}, allowed: knee, smallest, best, trial=N")
+    if choice not in ("knee", "smallest", "fastest", "best"):
+        raise UsageError(f"pick is {choice!r}, allowed: knee, smallest, fastest, best, trial=N")
     drop = record.metric_limit(max_drop)
     size = None if max_size is None else parse_size(max_size)
-    inside = record.within(drop, size)
+    latency = record.latency_limit(max_latency)
+    inside = record.within(drop, size, latency)
     if not inside:
-        near = record.nearest(drop, size)
-        limits = [f"max-drop {max_drop}" if max_drop is not None else "", f"max-size {max_size}" if max_size else ""]
-        wanted = " and ".join(filter(None, limits))
+        near = record.nearest(drop, size, latency)
+        given = {"max-drop": max_drop, "max-size": max_size, "max-latency": max_latency}
+        wanted = " and ".join(f"{name} {value}" for name, value in given.items() if value is not None)
         raise UsageError(f"no plan is within {wanted}; the nearest is {report.trial_summary(record, near)}")
-    if choice == "knee" and drop is None and size is None:
-        return record.knee()
     if choice == "knee":
-        return replace(record, trials=inside).knee()
-    return inside[-1] if choice == "best" else inside[0]
+        return (record if len(inside) == len(record.front) else replace(record, trials=inside)).knee()
+    if choice == "fastest":
+        return fastest_of(record, inside)
+    return best_of(record, inside) if choice == "best" else inside[0]
 
 
 def records_of(records: Records, store: StudyStore) -> StudyRecord:

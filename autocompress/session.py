@@ -11,7 +11,7 @@ import hashlib
 import os
 import queue
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,13 +79,13 @@ class Session:
             deadline,
             tracker,
         )
-        self.sign = 1.0 if store.settings.direction == "minimize" else -1.0
         self.homes: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._rungs = Rungs()
-        for trial in store.record().trials:
+        record = store.record()
+        for trial in record.trials:
             for m in trial.measurements[:-1] if trial.state == "complete" else trial.measurements:
                 if m.rung:
-                    self._rungs.report(trial.number, m.rung, (float(m.size_bytes), self.sign * m.metric_val))
+                    self._rungs.report(trial.number, m.rung, record.objectives(m))
         self._running: dict[int, _Running] = {}
         self._record: StudyRecord | None = None
 
@@ -129,7 +129,7 @@ class Session:
         self.listener.measured(number, measurement)
         if last:
             return Decision.CONTINUE
-        values = (float(measurement.size_bytes), self.sign * measurement.metric_val)
+        values = self.record.objectives(measurement)
         decision = self._rungs.report(number, measurement.rung, values) if measurement.rung else Decision.CONTINUE
         if trial.origin != "sampler":
             decision = Decision.CONTINUE
@@ -191,9 +191,12 @@ class Session:
     def _joins_front(self, number: int, trial: _Running) -> bool:
         """Whether the record will count the trial to the front: of equal ones it takes the first by number."""
         assert trial.best is not None
-        mine = (trial.best.size_bytes, self.sign * trial.best.metric_val)
-        rivals = ((t.best.size_bytes, self.sign * t.best.metric_val, t.number) for t in self.record.front if t.best)
-        beaten = any(a <= mine[0] and b <= mine[1] and ((a, b) != mine or n < number) for a, b, n in rivals)
+        mine = self.record.objectives(trial.best)
+        rivals = [(self.record.objectives(t.best), t.number) for t in self.record.front if t.best]
+        beaten = any(
+            all(a <= b for a, b in zip(theirs, mine, strict=True)) and (theirs != mine or n < number)
+            for theirs, n in rivals
+        )
         return number == 0 or not beaten
 
     @property
@@ -226,7 +229,7 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def measure_tests(record: StudyRecord, measure: Callable[[TrialRecord], float]) -> dict[int, float]:
-    """Test metrics of the baseline and of the front's members that have none yet, by number."""
+def untested(record: StudyRecord) -> tuple[TrialRecord, ...]:
+    """The baseline and the front's members that have no test metric yet, by number."""
     wanted = {t.number: t for t in (*record.front, *([record.baseline] if record.baseline else []))}
-    return {n: measure(t) for n, t in sorted(wanted.items()) if t.metric_test is None}
+    return tuple(t for _, t in sorted(wanted.items()) if t.metric_test is None)

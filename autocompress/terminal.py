@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocompress.plan import Measurement
 from autocompress.record import StudyRecord, TrialRecord, name_points
-from autocompress.report import human_bytes, human_count, metric_text, trial_summary
+from autocompress.report import human_bytes, human_count, latency_text, metric_text, trial_summary
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -149,10 +149,11 @@ class Board:
         tail = f"[{done}/{record.asked}, hypervolume {record.hypervolume():.3f}{self._left(done, record.asked)}]"
         if trial.best is None or trial.state == "failed":
             return f"trial {trial.number:>3} failed: {trial.error} {tail}"
+        timed = "" if record.timing is None else f"  latency {latency_text(record, trial)}"
         mark = "  front" if any(t.number == trial.number for t in record.front) else ""
         return (
             f"trial {trial.number:>3} {trial.state:<8} {human_bytes(trial.best.size_bytes):>8} "
-            f"{record.ratio(trial):6.1f}x  {record.metric} {metric_text(trial.best.metric_val)}{mark}  {tail}"
+            f"{record.ratio(trial):6.1f}x  {record.metric} {metric_text(trial.best.metric_val)}{timed}{mark}  {tail}"
         )
 
     def _left(self, done: int, asked: int) -> str:
@@ -178,7 +179,8 @@ class Board:
         head.add_row(progress, trials, volume, f"{elapsed}{self._left(done, asked)}")
         table = Table(box=None, pad_edge=False, header_style="bold")
         metric = record.metric if record else "metric"
-        for column in ("trial", "state", "size", "ratio", metric, "epoch"):
+        timed = ["latency"] if record and record.timing is not None else []
+        for column in ("trial", "state", "size", "ratio", metric, *timed, "epoch"):
             table.add_column(column, justify="left" if column == "state" else "right")
         for number, text in sorted(self._rows.items()):
             table.add_row(str(number), Text(text, style="cyan"))
@@ -203,5 +205,6 @@ class Board:
             human_bytes(trial.best.size_bytes),
             f"{record.ratio(trial):.1f}x",
             metric_text(trial.best.metric_val),
+            *([latency_text(record, trial)] if record.timing is not None else []),
             f"{trial.best.epoch:.3g}",
         )

@@ -82,6 +82,16 @@ class Outcome:
     state: Callable[[], State] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """What a trial's file is where it is to run: its bytes, and where these are measured there, the time of a call
+    over the float32 model's, and the metric on validation data."""
+
+    size_bytes: int
+    latency: float | None = None
+    metric_val: float | None = None
+
+
 class Workbench:
     """A task made ready for many trials: layers found, SVDs and the model's own outputs kept once computed.
 
@@ -318,8 +328,8 @@ class Workbench:
         return len(save({k: t.float() if t.is_floating_point() else t for k, t in floats.items()}))
 
 
-def _length(_: Task, artifact: bytes) -> int:
-    return len(artifact)
+def _as_it_is(_: Task, artifact: bytes, plan: Plan) -> Deployed:
+    return Deployed(len(artifact))
 
 
 def run_trial(
@@ -330,19 +340,19 @@ def run_trial(
     start: State | None = None,
     *,
     effort: str = container.AUTO,
-    size: Callable[[Task, bytes], int] = _length,
+    deployed: Callable[[Task, bytes, Plan], Deployed] = _as_it_is,
 ) -> Iterator[Outcome]:
     """The outcomes of a plan, one at each rung of the budget, from a model that the file decodes to.
 
-    `start` is the state of a finished trial to go on from, `size(task, artifact)` what counts as size where that is
-    not the file's own length (`deploy.target`), `effort` the coder of the files
+    `start` is the state of a finished trial to go on from, `deployed(task, artifact, plan)` what counts where that is
+    not the file itself (`deploy.target`), `effort` the coder of the files
     (`codec.container.EFFORTS`). Nothing global is changed: the random
     state is put back between outcomes. Raises PlanError for a plan that the layers cannot carry
     out and TrialFailed where the loss or the metric is not finite.
     """
     bench = task if isinstance(task, Workbench) else Workbench(task)
     check(plan, bench.layers)
-    steps = _outcomes(bench, plan, budget or Budget(), seed, start, effort=effort, size=size)
+    steps = _outcomes(bench, plan, budget or Budget(), seed, start, effort=effort, deployed=deployed)
     generator = _Seeded(seed)
     while True:
         with generator:
@@ -360,7 +370,7 @@ def _outcomes(
     start: State | None,
     *,
     effort: str,
-    size: Callable[[Task, bytes], int],
+    deployed: Callable[[Task, bytes, Plan], Deployed],
 ) -> Iterator[Outcome]:
     began = time.monotonic()
     recipe, specs = plan.recipe, bench.layers
@@ -389,9 +399,17 @@ def _outcomes(
         tensors, grids = model.encode(), model.grids()
         data = artifact.write(bench.task.model, model.plan, tensors, autocompress.__version__, effort, grids=grids)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
-        metric = evaluate(bench.task, decoded, "val")
-        length = size(bench.task, data)
-        numbers = Measurement(rung, epoch, length, metric, macs_of(specs, model.plan), time.monotonic() - began)
+        found = deployed(bench.task, data, plan)
+        metric = evaluate(bench.task, decoded, "val") if found.metric_val is None else found.metric_val
+        numbers = Measurement(
+            rung=rung,
+            epoch=epoch,
+            size_bytes=found.size_bytes,
+            metric_val=metric,
+            macs=macs_of(specs, model.plan),
+            seconds=time.monotonic() - began,
+            latency=found.latency,
+        )
         yield Outcome(numbers, data, model.state)
 
 

@@ -345,7 +345,7 @@ def test_bad_numbers_for_a_resume(study, fail):
 
 def test_bad_picks_and_formats(study, fail):
     for arguments, words in (
-        (("--pick", "middle"), "pick is 'middle', allowed: knee, smallest, best, trial=N"),
+        (("--pick", "middle"), "pick is 'middle', allowed: knee, smallest, fastest, best, trial=N"),
         (("--pick", "trial=99"), "pick is 'trial=99', allowed: trials on the front: 0"),
         (("--format", "tflite"), "'tflite'"),
         (("--max-size", "1"), "no plan is within max-size 1; the nearest is trial"),

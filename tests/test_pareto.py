@@ -59,6 +59,14 @@ def test_hypervolume_is_the_area_of_the_union(points, reference):
     assert pareto.hypervolume(points, reference) == pytest.approx(inclusion_exclusion(points, reference), abs=1e-9)
 
 
+@given(
+    st.integers(3, 4).flatmap(lambda m: st.tuples(st.lists(st.tuples(*[grid] * m), max_size=8), st.tuples(*[grid] * m)))
+)
+def test_hypervolume_of_more_objectives_is_the_volume_of_the_union(drawn):
+    points, reference = drawn
+    assert pareto.hypervolume(points, reference) == pytest.approx(inclusion_exclusion(points, reference), abs=1e-9)
+
+
 def test_hypervolume_of_shuffled_random_points_by_counting_cells():
     draw = np.random.default_rng(0)
     for count in (1, 5, 60):
@@ -113,7 +121,7 @@ def test_points_that_are_no_points_are_refused():
         pareto.nondominated_rank([(1, math.inf)])
     with pytest.raises(ValueError, match=r"shape \(n, m\)"):
         pareto.front([1, 2, 3])
-    with pytest.raises(ValueError, match="two objectives"):
+    with pytest.raises(ValueError, match="two or more objectives"):
         pareto.hypervolume([(1, 2, 3)], (4, 4))
     assert pareto.front([]).size == 0
     assert pareto.nondominated_rank([]).size == 0

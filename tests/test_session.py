@@ -13,7 +13,7 @@ from autocompress.folders import Records
 from autocompress.plan import Measurement
 from autocompress.search.moasha import Decision
 from autocompress.search.study import StudyStore
-from autocompress.session import Session, Silent, measure_tests, write_file
+from autocompress.session import Session, Silent, untested, write_file
 from autocompress.tracking import Home
 
 
@@ -303,15 +303,11 @@ def test_test_metrics_are_measured_once_for_the_front_and_the_baseline(tmp_path)
     for number, result in enumerate([(1000, 0.9), (500, 0.8), (400, 0.85), (300, 0.95)]):
         made.next()
         give(made, number, result)
-    measured = []
-
-    def measure(trial):
-        measured.append(trial.number)
-        return 0.5
-
-    made.store.note_tests(measure_tests(made.store.record(), measure))
-    made.store.note_tests(measure_tests(made.store.record(), measure))
-    assert measured == [0, 3]
+    assert [t.number for t in untested(made.store.record())] == [0, 3]
+    made.store.note_tests({3: 0.5})
+    assert [t.number for t in untested(made.store.record())] == [0]
+    made.store.note_tests({0: 0.5})
+    assert untested(made.store.record()) == ()
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Searches for a deployment's bytes: sizes are those of the file that an export writes."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -11,13 +12,17 @@ from test_deploy import FACTS, compressed, make_task, mlp
 from test_trial import task_of
 from torch import nn
 
+from autocompress.compress.artifact import load
 from autocompress.deploy import target
 from autocompress.deploy.export import export
-from autocompress.deploy.target import FileSize, check_holds, check_target
+from autocompress.deploy.target import Target, check_holds, check_target, prepared
+from autocompress.deploy.verify import runner
 from autocompress.errors import SpaceError, UsageError
-from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.plan import LayerPlan, Plan, Recipe, uncompressed
 from autocompress.search.space_file import load_space
-from autocompress.trial import Budget, Workbench, run_trial
+from autocompress.tasks.batches import evaluate, predict
+from autocompress.timing import Timing
+from autocompress.trial import Budget, Deployed, Workbench, run_trial
 
 
 def test_a_size_is_that_of_the_exported_file(tmp_path):
@@ -29,23 +34,73 @@ def test_a_size_is_that_of_the_exported_file(tmp_path):
     data = artifact.read_bytes()
     manifest = export(artifact, task, "onnx", tmp_path / "out", FACTS)
     assert manifest["cut"]["dead_units"] >= 5
-    assert FileSize("onnx")(task, data) == manifest["size_bytes"]
-    assert FileSize("archive")(task, data) == len(data)
     bench = Workbench(task)
-    assert FileSize("archive").baseline(bench) is None
+    plan = Plan({spec.name: LayerPlan(bits=3, threshold=1.0) for spec in bench.layers}, Recipe(0.0))
+    assert Target("onnx")(task, data, plan) == Deployed(manifest["size_bytes"])
+    assert Target("archive")(task, data, plan) == Deployed(len(data))
+    assert prepared("archive", None, bench).baseline_bytes == 0
     whole = sum(p.numel() * 4 for p in task.model.parameters())
-    assert whole < FileSize("onnx").baseline(bench) < whole + 2000
-    assert FileSize("onnx-int8").baseline(bench) == FileSize("onnx").baseline(bench)
-    assert 0 < FileSize("onnx-int8")(task, data) < whole
+    plain = prepared("onnx", None, bench)
+    assert whole < plain.baseline_bytes < whole + 2000
+    assert prepared("onnx-int8", None, bench).baseline_bytes == plain.baseline_bytes
+    assert plain(task, data, uncompressed(bench.layers)) == Deployed(plain.baseline_bytes)
+
+
+def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, monkeypatch):
+    task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
+    data = compressed(task, LayerPlan(bits=8), tmp_path).read_bytes()
+    plan = Plan({name: LayerPlan(bits=8) for name in ("1", "3")}, Recipe(0.0))
+    made = Target("onnx-int8")
+    found = made(task, data, plan)
+    assert 0 < found.size_bytes < sum(p.numel() * 4 for p in task.model.parameters())
+    calls = []
+
+    def counting(fmt, file, keywords):
+        run, runtime = runner(fmt, file, keywords)
+        return lambda inputs: calls.append(fmt) or [0 * out for out in run(inputs)], runtime
+
+    monkeypatch.setattr(target, "runner", counting)
+    zeros = made(task, data, plan).metric_val
+    assert calls == ["onnx"]
+    assert zeros != found.metric_val
+    outputs = torch.zeros_like(predict(task.model, task.val)[0])
+    assert zeros == pytest.approx(task.metric(outputs, predict(task.model, task.val)[1]))
+    assert Target("onnx")(task, data, plan).metric_val is None
+
+
+def test_a_call_is_timed_beside_the_float32_model(tmp_path):
+    torch.manual_seed(0)
+    wide = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 1500), nn.ReLU(), nn.Linear(1500, 1500), nn.ReLU(), nn.Linear(1500, 5)
+    )
+    task = make_task(wide.eval(), (torch.randn(40, 1, 8, 8),))
+    bench = Workbench(task)
+    layers = {spec.name: LayerPlan() for spec in bench.layers}
+    short = Plan({**layers, "3": LayerPlan(rank=20)}, Recipe(0.0))
+    made = prepared("archive", Timing(1), bench)
+    assert made.baseline_bytes == 0
+    assert 1e-5 < made.timing.baseline < 1
+    (outcome,) = run_trial(bench, short, Budget((0.0,)), deployed=pickle.loads(pickle.dumps(made)))
+    assert outcome.measurement.size_bytes == len(outcome.artifact)
+    assert outcome.measurement.latency < 0.7
+    (whole,) = run_trial(bench, uncompressed(bench.layers), Budget((0.0,)), deployed=made)
+    assert whole.measurement.latency == 1.0
+    path = tmp_path / "a.acz"
+    path.write_bytes(outcome.artifact)
+    metrics, latencies = made.tested(task, {7: path})
+    assert metrics == {7: pytest.approx(evaluate(task, load(path), "test"))}
+    assert latencies[7][0].key == ("onnx", 1, 1)
+    assert latencies[7][0].ratio < 0.7
+    assert prepared("onnx", Timing(1, limit="1s"), bench).timing.most > 100
 
 
 def test_a_trial_measures_it_at_each_rung():
     task = task_of()
     bench = Workbench(task)
     plan = Plan({spec.name: LayerPlan(bits=3, threshold=0.5) for spec in bench.layers}, Recipe(1.0))
-    found = list(run_trial(bench, plan, Budget((0.0, 1.0)), size=FileSize("onnx")))
-    for outcome in found:
-        assert outcome.measurement.size_bytes == FileSize("onnx")(task, outcome.artifact) > len(outcome.artifact)
+    made = Target("onnx")
+    for outcome in run_trial(bench, plan, Budget((0.0, 1.0)), deployed=made):
+        assert outcome.measurement.size_bytes == made(task, outcome.artifact, plan).size_bytes > len(outcome.artifact)
 
 
 @pytest.mark.parametrize("given", ["tflite", "", "torch", "ONNX"])
@@ -123,8 +178,8 @@ def test_no_size_is_chosen_on_test_data(aim, tmp_path):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     data = compressed(task, LayerPlan(bits=4), tmp_path).read_bytes()
     bench = Workbench(replace(task, test=Untouched("test")))
-    assert FileSize(aim)(bench.task, data) > 0
-    assert FileSize(aim).baseline(bench) > 0
+    made = prepared(aim, Timing(1), bench)
+    assert made(bench.task, data, Plan({"1": LayerPlan(bits=4)}, Recipe(0.0))).latency > 0
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):

@@ -1,23 +1,31 @@
-"""What a search makes small: the bytes of the file that an export of a trial's artifact would write."""
+"""What a search makes small and fast: the file that an export of a trial's artifact would write, where it runs."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from autocompress.codec import container
 from autocompress.compress.artifact import load
-from autocompress.deploy.export import FILES, Recorder, export, write_file
-from autocompress.errors import SpaceError, UsageError
-from autocompress.plan import FLOAT_BITS, LayerPlan, uncompressed
+from autocompress.deploy import latency
+from autocompress.deploy.accuracy import metric_of
+from autocompress.deploy.export import FILES, QUANTIZED, Recorder, export, write_file
+from autocompress.deploy.verify import runner
+from autocompress.errors import AutocompressError, ExportError, SpaceError, UsageError
+from autocompress.plan import FLOAT_BITS, LayerPlan, Plan, uncompressed
+from autocompress.record import Latency
 from autocompress.tasks.batches import call_model, first_batch, to_device
-from autocompress.trial import Budget, Workbench, run_trial
+from autocompress.tasks.wording import one_line
+from autocompress.timing import Timing
+from autocompress.trial import Budget, Deployed, Workbench, run_trial
 
 if TYPE_CHECKING:
     from autocompress.search.space import Space
@@ -29,48 +37,129 @@ RANKS_ONLY = frozenset({"executorch", "executorch-int8"})
 """Targets whose files hold weights of one width: what prunes weights or gives them fewer levels saves nothing."""
 RANKS_SPACE = "lowrank_only"
 """The space that is searched for them where none is named."""
+_TURNS = 15
+"""Of timing a trial's file; the front's are timed again at the end."""
 
 
-@dataclass(frozen=True)
-class FileSize:
-    """Gives the bytes of an artifact's file for the target, without dead units, in the same form as `export` does."""
+class Target:
+    """What a trial's artifact is where it is to run; `run_trial` calls it as `deployed`.
 
-    target: str
+    Of a target other than the archive `size_bytes` is the length of the file as an export writes it, without dead
+    units. Where its runtime computes in 8 bits by itself the metric is what that gives. `timing` asks for the time of a
+    call, of the archive's ONNX file. The uncompressed plan is the float32 model, in `baseline_bytes`. `seconds`: about
+    how long a file takes to write, where that is known.
+    """
 
-    def __call__(self, task: Task, artifact: bytes) -> int:
+    def __init__(self, name: str, timing: Timing | None = None, baseline_bytes: int = 0) -> None:
+        self.name, self.timing, self.baseline_bytes = name, timing, baseline_bytes
+        self.format = "onnx" if name == "archive" else name
+        self.seconds = 0.0
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._base: Recorder | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers make their own sessions."""
+        return Target, (self.name, self.timing, self.baseline_bytes)
+
+    def __call__(self, task: Task, artifact: bytes, plan: Plan) -> Deployed:
         """Raises ExportError for what cannot be exported."""
-        if self.target == "archive":
-            return len(artifact)
+        archive = self.name == "archive"
+        if all(layer == LayerPlan() for layer in plan.layers.values()):
+            return Deployed(len(artifact) if archive else self.baseline_bytes, None if self.timing is None else 1.0)
+        if archive and self.timing is None:
+            return Deployed(len(artifact))
         with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
             path = Path(scratch) / FILES["archive"]
             path.write_bytes(artifact)
-            return self._written(task, load(path, model=task.model), path, slim=True)
+            recorder, file = self._written(task, path)
+            length = len(artifact) if archive else file.stat().st_size
+            latency = None if self.timing is None else self._latency(task, file, self.timing)
+            metric = self._metric(task, recorder, file, "val") if self.name in QUANTIZED else None
+            return Deployed(length, latency, metric)
 
-    def baseline(self, bench: Workbench) -> int | None:
-        """The bytes of the float32 model's file, with nothing cut; None for the archive.
+    def tested(
+        self, task: Task, artifacts: Mapping[int, Path]
+    ) -> tuple[dict[int, float], dict[int, tuple[Latency, ...]]]:
+        """By trial the test metrics of their files in the runtime and, with `timing`, their latencies, all in turns.
 
-        The file is verified as `export` does, but on validation data. Raises ExportError for a model that the target
-        cannot run.
+        Raises ExportError for what cannot be exported.
         """
-        if self.target == "archive":
-            return None
-        target = self.target.removesuffix("-int8")
-        (whole,) = run_trial(bench, uncompressed(bench.layers), Budget((1.0,)))
+        metrics: dict[int, float] = {}
         with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
-            path = Path(scratch) / FILES["archive"]
-            path.write_bytes(whole.artifact)
-            export(path, replace(bench.task, test=bench.task.val), target, Path(scratch) / "out", {})
-            model = copy.deepcopy(bench.task.model).cpu().eval()
-            return FileSize(target)._written(bench.task, model, path, slim=False)
+            files: dict[int, Path] = {}
+            for number, artifact in artifacts.items():
+                recorder, file = self._written(task, artifact, folder=Path(scratch))
+                metrics[number] = self._metric(task, recorder, file, "test")
+                files[number] = file.rename(file.with_name(f"{number}-{file.name}"))
+            if self.timing is None:
+                return metrics, {}
+            base = latency.float32(task, task.test, Path(scratch), self.timing.batch)
+            return metrics, latency.in_files(base, files, self.format, (self.timing.batch,), self.timing.threads)
 
-    def _written(self, task: Task, model: nn.Module, artifact: Path, *, slim: bool) -> int:
-        folder = artifact.parent
-        recorder = Recorder(model, folder)
-        with torch.no_grad():
-            call_model(recorder, to_device(_some(first_batch(task.val, 2)[0]), "cpu"))
-        file = folder / FILES[self.target]
-        write_file(self.target, artifact, recorder, file, slim=slim, task=task)
-        return file.stat().st_size
+    def _written(self, task: Task, artifact: Path, folder: Path | None = None) -> tuple[Recorder, Path]:
+        """The target's file of an artifact, in the folder, else beside it."""
+        folder = folder or artifact.parent
+        recorder = _called(task, load(artifact, model=task.model), folder)
+        file = folder / FILES[self.format]
+        write_file(self.format, artifact, recorder, file, task=task)
+        return recorder, file
+
+    def _metric(self, task: Task, recorder: Recorder, file: Path, split: Literal["val", "test"]) -> float:
+        run, _ = runner(self.format.removesuffix("-int8"), str(file), recorder.keywords)
+        try:
+            return metric_of(task, recorder, run, split)
+        except AutocompressError:
+            raise
+        except Exception as error:  # the runtimes' own exceptions have no common base
+            raise ExportError(f"the exported {file.name} does not run: {one_line(error)}") from error
+
+    def _latency(self, task: Task, file: Path, timing: Timing) -> float:
+        """The time of a call over the float32 model's."""
+        if self._base is None or self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-")
+            self._base = latency.float32(task, task.val, Path(self._scratch.name), timing.batch)
+        way = self.format, (timing.batch,), timing.threads
+        return latency.in_files(self._base, {0: file}, *way, turns=_TURNS)[0][0].ratio
+
+
+def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
+    """The target of a search that begins: the float32 model's bytes in it (0: the archive) and the time of its call.
+
+    The float32 model is exported and verified as `export` does, on validation data. Raises ExportError for a model that
+    the target cannot run.
+    """
+    if name == "archive" and timing is None:
+        return Target(name)
+    plan = uncompressed(bench.layers)
+    (whole,) = run_trial(bench, plan, Budget((1.0,)))
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
+        folder = Path(scratch)
+        path = folder / FILES["archive"]
+        path.write_bytes(whole.artifact)
+        target = Target(name, timing)
+        plain = target.format.removesuffix("-int8")
+        export(path, replace(bench.task, test=bench.task.val), plain, folder / "out", {})
+        began = time.monotonic()
+        target._written(bench.task, path)
+        target.seconds = time.monotonic() - began
+        if name != "archive":
+            file = folder / FILES[plain]
+            recorder = _called(bench.task, copy.deepcopy(bench.task.model).cpu().eval(), folder)
+            write_file(plain, path, recorder, file, slim=False)
+            target.baseline_bytes = file.stat().st_size
+        if timing is not None:
+            base = latency.float32(bench.task, bench.task.val, folder, timing.batch)
+            found = latency.in_files(base, {0: folder / "float32.onnx"}, "onnx", (timing.batch,), timing.threads)
+            target.timing = timing.measured(found[0][0].baseline)
+    return target
+
+
+def _called(task: Task, model: nn.Module, folder: Path) -> Recorder:
+    """The model on the CPU, called with the first validation examples."""
+    recorder = Recorder(model, folder)
+    with torch.no_grad():
+        call_model(recorder, to_device(_some(first_batch(task.val, 2)[0]), "cpu"))
+    return recorder
 
 
 def _some(inputs: object) -> object:
@@ -80,11 +169,15 @@ def _some(inputs: object) -> object:
     return map_tensors(inputs, lambda tensor: tensor[:2] if tensor.dim() else tensor)
 
 
-def check_target(target: str, sampler: str = "tpe", effort: str = container.AUTO) -> None:
-    """Raise UsageError for a target that does not exist, or not with the sampler and effort, and ExportError for one
-    whose package is not installed."""
+def check_target(target: str, sampler: str = "tpe", effort: str = container.AUTO, timing: Timing | None = None) -> None:
+    """Raise UsageError for a target that does not exist, or not with the sampler, effort and timing, and ExportError
+    for one whose package is not installed."""
     if target not in TARGETS:
         raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
+    if timing is not None:
+        if target in RANKS_ONLY:
+            raise UsageError(f"latency is an objective and the target {target!r}: allowed: archive, onnx, onnx-int8")
+        latency.check_timed("onnx", (timing.batch,), timing.threads)
     if target != "archive" and effort != container.AUTO:
         raise UsageError(f"effort is {effort!r} and the target {target!r}: only archives are coded")
     if target in RANKS_ONLY:

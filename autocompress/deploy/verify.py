@@ -164,7 +164,8 @@ def _executorch_runner(file: str) -> tuple[Runner, str]:
     return run, f"executorch {version('executorch')}"
 
 
-def _runner(fmt: str, file: str, keywords: bool) -> tuple[Runner, str]:
+def runner(fmt: str, file: str, keywords: bool) -> tuple[Runner, str]:
+    """What runs the file on a call's inputs, and the runtime and its version."""
     if fmt.endswith(".py"):
         made: tuple[Runner, str] = runpy.run_path(fmt)["runner"](file)
         return made
@@ -177,7 +178,7 @@ def main(arguments: list[str]) -> int:
     """The program; 0 if every call was run."""
     fmt, file, folder, convention = arguments
     try:
-        run, runtime = _runner(fmt, file, convention == "keywords")
+        run, runtime = runner(fmt, file, convention == "keywords")
         run_calls(Path(folder), run)
     except Exception as error:
         print(" ".join(str(error).split())[:400] or type(error).__name__, file=sys.stderr)

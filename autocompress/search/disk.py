@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STUDY_NAME = "study"
 
 
-def connect(file: Path, direction: str | None = None) -> tuple[optuna.Study, Engine]:
+def connect(file: Path, direction: str | None = None, *, timed: bool = False) -> tuple[optuna.Study, Engine]:
     """The Optuna study in the file, made when a direction is given, and the engine that reaches it.
 
     WAL mode: a commit costs no fsync. The file is opened by its path, not by a URL, which some characters would break.
@@ -47,7 +47,7 @@ def connect(file: Path, direction: str | None = None) -> tuple[optuna.Study, Eng
     storage = optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": open_file})
     if direction is None:
         return optuna.load_study(study_name=STUDY_NAME, storage=storage), storage.engine
-    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, directions=directions(direction))
+    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, directions=directions(direction, timed))
     return study, storage.engine
 
 
@@ -63,11 +63,12 @@ def _read_only(file: Path) -> sqlite3.Connection:
     raise sqlite3.OperationalError("unable to open database file")
 
 
-def directions(direction: str) -> list[optuna.study.StudyDirection]:
-    """Those of the two objectives: bytes, and a metric that is to "minimize" or "maximize"."""
+def directions(direction: str, timed: bool = False) -> list[optuna.study.StudyDirection]:
+    """Those of the objectives: bytes, a metric that is to "minimize" or "maximize", and if `timed` latency."""
     from optuna.study import StudyDirection
 
-    return [StudyDirection.MINIMIZE, StudyDirection[direction.upper()]]
+    least = StudyDirection.MINIMIZE
+    return [least, StudyDirection[direction.upper()], *([least] if timed else [])]
 
 
 def holds_study(file: Path) -> bool:
@@ -124,8 +125,17 @@ def insert_running(
     return trial_id
 
 
-def write_end(engine: Engine, trial_id: int, values: Sequence[float] | None, user_attrs: Mapping[str, Any]) -> None:
-    """Write how a running trial ended: its finite values, None for a failed one, and attributes that it has not yet."""
+def write_end(
+    engine: Engine,
+    trial_id: int,
+    values: Sequence[float] | None,
+    user_attrs: Mapping[str, Any],
+    constraints: Mapping[str, float],
+) -> None:
+    """Write how a running trial ended: its finite values, None for a failed one, and attributes that it has not yet.
+
+    `constraints`: by name how far it is beyond a limit, as Optuna's `Trial.set_constraint` keeps it.
+    """
     from optuna.storages._rdb import models
     from optuna.trial import TrialState
     from sqlalchemy import insert, update
@@ -139,6 +149,9 @@ def write_end(engine: Engine, trial_id: int, values: Sequence[float] | None, use
     end = {"state": TrialState.FAIL if values is None else TrialState.COMPLETE, "datetime_complete": _now()}
     with engine.begin() as connection:
         connection.execute(insert(models.TrialUserAttributeModel.__table__), _attributes(trial_id, user_attrs))
+        if constraints:
+            kept = _attributes(trial_id, {f"constraints:{name}": value for name, value in constraints.items()})
+            connection.execute(insert(models.TrialSystemAttributeModel.__table__), kept)
         if rows:
             connection.execute(insert(models.TrialValueModel.__table__), rows)
         connection.execute(update(table).where(table.c.trial_id == trial_id).values(end))

@@ -27,6 +27,7 @@ from autocompress.search.disk import connect, directions, disk_errors, holds_stu
 from autocompress.search.lineage import ancestor
 from autocompress.search.samplers import make_sampler
 from autocompress.search.space import Space
+from autocompress.timing import Timing
 
 if TYPE_CHECKING:
     import optuna
@@ -51,6 +52,7 @@ class Settings:
     the sizes of trials, one of `deploy.target.TARGETS`. `inherit`: whether trials go on
     from the states of finished ones. `sweep`: trials by continuation after trial 0, before the sampler's.
     `chains` of a continuation (0: one a worker), and by `chain` the steps of each from the lowest price to the highest.
+    `timing`: what is timed, where latency is the third objective.
     `origin`: where the task came from, so that `resume` can load it again (None for a Task object).
     """
 
@@ -77,6 +79,7 @@ class Settings:
     chain: int = STEPS
     chains: int = 0
     target: str = "archive"
+    timing: Timing | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,7 +87,8 @@ class Settings:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Settings:
         layers = tuple(LayerSpec.from_json(layer) for layer in value["layers"])
-        return cls(**{**value, "layers": layers, "rungs": tuple(value["rungs"])})
+        timing = Timing.from_json(value.get("timing"))
+        return cls(**{**value, "layers": layers, "rungs": tuple(value["rungs"]), "timing": timing})
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class StudyStore:
         with disk_errors(file):
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                study, engine = connect(draft, settings.direction)
+                study, engine = connect(draft, settings.direction, timed=settings.timing is not None)
                 study.set_user_attr(_SETTINGS, settings.to_json())
                 engine.dispose()
                 draft.replace(file)
@@ -165,8 +169,9 @@ class StudyStore:
         self._waiting = [t for t in self._trials.values() if t.state == "running"]
         self._seen = {t.plan.key() for t in self._trials.values()}
         self._distributions = space.distributions()
-        sampler = make_sampler(self.settings.sampler, self.settings.seed + len(self._trials), len(ladder) + 1)
-        self._memory = optuna.create_study(directions=directions(self.settings.direction), sampler=sampler)
+        s, timed = self.settings, self.settings.timing is not None
+        sampler = make_sampler(s.sampler, s.seed + len(self._trials), len(ladder) + 1)
+        self._memory = optuna.create_study(directions=directions(s.direction, timed), sampler=sampler)
         done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
         for trial in self._disk.get_trials(deepcopy=False, states=done):
             if trial.distributions == self._distributions:
@@ -221,14 +226,18 @@ class StudyStore:
             "error": error,
             "seconds": seconds,
         }
-        values = None if failed or best is None else [float(best.size_bytes), best.metric_val]
+        values = None if failed or best is None else self._values(best)
+        constraints = {} if values is None else self._constraints(values)
         status = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
         with disk_errors(self.file):
-            write_end(self._engine, self._ids[number], values, {"result": result})
+            write_end(self._engine, self._ids[number], values, {"result": result}, constraints)
         if number in self._open:
-            self._memory.tell(self._open.pop(number), values, state=status)
+            trial = self._open.pop(number)
+            for name, value in constraints.items():
+                trial.set_constraint(name, value)
+            self._memory.tell(trial, values, state=status)
         elif values is not None:
-            self._remember(number, values)
+            self._remember(number, values, constraints)
         self._trials[number] = _with_result(self._trials[number], result)
         return self._trials[number]
 
@@ -283,6 +292,7 @@ class StudyStore:
             sampler=s.sampler,
             workers=self.workers,
             target=s.target,
+            timing=s.timing,
         )
         for number in {*(t.number for t in record.front), *([0] if record.baseline else [])}:
             trials[number] = replace(trials[number], artifact=artifact_path(s.study, number))
@@ -400,14 +410,29 @@ class StudyStore:
             number, "running", found.plan, proposal.seed, origin=found.origin, parent=found.parent
         )
 
-    def _remember(self, number: int, values: list[float]) -> None:
+    def _values(self, best: Measurement) -> list[float]:
+        """The objectives as Optuna knows them."""
+        two = [float(best.size_bytes), best.metric_val]
+        return two if self.settings.timing is None else [*two, best.latency or 1.0]
+
+    def _constraints(self, values: Sequence[float]) -> dict[str, float]:
+        """By name what must not be above 0: how much slower a call is than the limit."""
+        timing = self.settings.timing
+        return {} if timing is None or timing.most is None else {"latency": values[2] - timing.most}
+
+    def _remember(self, number: int, values: list[float], constraints: Mapping[str, float]) -> None:
         """Tell the sampler of a trial that it did not propose itself."""
         import optuna
 
         frozen = self._disk._storage.get_trial(self._ids[number])
         if frozen.distributions == self._distributions:
             self._memory.add_trial(
-                optuna.trial.create_trial(values=values, params=frozen.params, distributions=frozen.distributions)
+                optuna.trial.create_trial(
+                    values=values,
+                    params=frozen.params,
+                    distributions=frozen.distributions,
+                    constraints=dict(constraints),
+                )
             )
 
     def _read(self) -> None:

@@ -134,6 +134,7 @@ def _measurement_points(record: StudyRecord, m: Measurement, step: int, seconds:
         "ratio": record.baseline_bytes / m.size_bytes,
         "metric_val": m.metric_val,
         "macs": float(m.macs),
+        **({"latency": m.latency} if m.latency is not None else {}),
     }
     return [Point(key, value, step, seconds) for key, value in values.items()]
 
@@ -160,7 +161,9 @@ def study_params(record: StudyRecord) -> dict[str, str]:
 def study_settings(record: StudyRecord) -> dict[str, Any]:
     """The study without its trials, as plain JSON: the artifact study.json."""
     keys = ("study", "task", "metric", "direction", "seed", "sampler", "target", "workers", "asked")
+    timing = {} if record.timing is None else {"latency": record.timing.to_json()}
     return {key: getattr(record, key) for key in (*keys, "command", "created")} | {
+        **timing,
         "baseline_bytes": record.baseline_bytes,
         "versions": dict(record.versions),
         "fingerprint": dict(record.fingerprint),

@@ -45,9 +45,10 @@ def read_view_tag(tag: str) -> dict[str, Any]:
 def view_state(record: StudyRecord) -> dict[str, Any]:
     """The page's state: trials only, the front's members first, scatters and parallel coordinates."""
     knobs = varied_knobs(record)
+    timed = ["latency"] if record.timing is not None else []
     axes = [MEAN_BITS, *knobs] if knobs else []  # trial 0 has no mean_bits and so is not drawn among the others
     columns = [
-        *(f"metrics.`{key}`" for key in ("size_bytes", "ratio", "metric_val", "metric_test")),
+        *(f"metrics.`{key}`" for key in ("size_bytes", "ratio", "metric_val", "metric_test", *timed)),
         *(f"tags.`{key}`" for key in ("pareto", "autocompress.state")),
         *(f"params.`{key}`" for key in knobs),
     ]
@@ -70,7 +71,7 @@ def view_state(record: StudyRecord) -> dict[str, Any]:
         "hideEmptyCharts": False,
         "groupBy": None,
         "groupsExpanded": {},
-        "compareRunCharts": _charts(axes),
+        "compareRunCharts": _charts(axes, timed),
         "compareRunSections": [
             {
                 "uuid": SECTION,
@@ -86,12 +87,13 @@ def view_state(record: StudyRecord) -> dict[str, Any]:
     }
 
 
-def _charts(axes: list[str]) -> list[dict[str, Any]]:
+def _charts(axes: list[str], timed: list[str]) -> list[dict[str, Any]]:
     charts = [_scatter("size", "size_bytes", "metric_val"), _scatter("ratio", "ratio", "metric_val")]
+    charts += [_scatter(key, key, "metric_val") for key in timed]
     if axes:
         parallel = {
             "selectedParams": axes,
-            "selectedMetrics": ["size_bytes", "metric_val"],
+            "selectedMetrics": ["size_bytes", *timed, "metric_val"],
             "showAllRuns": True,
         }
         charts.append(_card("PARALLEL", "knobs") | parallel)

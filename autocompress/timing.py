@@ -1,0 +1,72 @@
+"""The time of a call as an objective: what is timed, the limits that users name, and what noise hides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from autocompress.errors import UsageError
+
+STEPS_PER_OCTAVE = 16
+"""Latencies that round to the same step, 4.4 % wide, are equals on a front: closer ones are told apart by noise."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed in each trial: a call of `batch` examples on `threads` threads, beside the float32 model's export.
+
+    `limit` is what a user allows at most, as `parse_latency` reads it. When a study begins it is `measured`: `baseline`
+    is then that export's median, in seconds, and `most` the largest feasible ratio to it.
+    """
+
+    batch: int = 1
+    threads: int = 1
+    limit: str | None = None
+    baseline: float = 0.0
+    most: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | None) -> Timing | None:
+        return None if value is None else cls(**value)
+
+    def measured(self, baseline: float) -> Timing:
+        """With these seconds of the float32 model's export."""
+        most = None if self.limit is None else ratio_of(self.limit, baseline)
+        return replace(self, baseline=baseline, most=most)
+
+    def __str__(self) -> str:
+        most = "" if self.limit is None else f", at most {self.limit}"
+        return f"batch {self.batch}{most}"
+
+
+def step(ratio: float) -> float:
+    """The ratio's logarithm in octaves, to the nearest of `STEPS_PER_OCTAVE`: what a front compares."""
+    return round(math.log2(ratio) * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE
+
+
+def ratio_of(limit: str | float, baseline: float) -> float:
+    """A limit ("0.7x", "2ms") over a baseline in seconds. Raises UsageError as `parse_latency`."""
+    number, relative = parse_latency(limit)
+    return number if relative else number / baseline
+
+
+def parse_latency(text: str | float) -> tuple[float, bool]:
+    """("0.7x" or 0.7 -> (0.7, True)), ("2ms" -> (0.002, False)). Raises UsageError for anything else."""
+    raw = str(text).strip().lower()
+    units = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "x": 1.0, "": 1.0}
+    digits = raw.rstrip("msux ")
+    unit = raw[len(digits) :].strip()
+    try:
+        number = float(digits) * units[unit]
+    except (ValueError, KeyError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0) or (unit == "" and isinstance(text, str)):
+        raise UsageError(
+            f"max-latency is {text!r}, allowed: times the float32 model's such as 0.7x, or a time such as 2ms or 150us"
+        )
+    return number, unit in ("x", "")
