@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "autocompress"
 LEVELS = (
     {"errors"},
     {"plan"},
-    {"pareto"},
+    {"pareto", "timing"},
     {"record"},
     {"codec"},
     {"compress"},
@@ -34,7 +34,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 TOP = len(LEVELS)
 HOMES = {"mlflow": {"tracking"}, "ray": {"engine"}, "optuna": {"search"}}
 """The only parts that may import a library."""
-PURE = {"errors", "plan", "pareto", "record"}
+PURE = {"errors", "plan", "pareto", "timing", "record"}
 WITHOUT_TORCH = {*PURE, "codec", "search", "tracking", "report", "folders", "terminal", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
