@@ -107,6 +107,10 @@ class LayerSpec:
             return inner * few + few * many * math.prod(kernel) + many * out
         return plan.rank * sum(self.matrix(plan.scheme))
 
+    def units(self, plan: LayerPlan) -> int:
+        """The number of output units (rows, output channels) that a plan's width keeps: at least one."""
+        return max(1, round(plan.width * self.shape[0]))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -135,6 +139,9 @@ class LayerPlan:
     ones look at the training data. Under a `Recipe.rate` there is one scale, and "hessian" chooses levels by the error
     they make and the bits they cost, from which finetuning goes on; without it saliency has no effect.
     `activation_bits`, one of `ACTIVATION_BITS`, are those of the layer's inputs; 32 leaves them as they are.
+    `width` is the share of the layer's output units that is kept; the whole rows of the others are zero, those of
+    least saliency (`compress/units.py`), and `threshold` prunes among the rows that are kept. Layers whose outputs
+    are added to each other need equal widths; one whose units cannot go, such as the last, needs 1.
     """
 
     rank: int | None = None
@@ -148,6 +155,7 @@ class LayerPlan:
     rounding: str = "nearest"
     granularity: str | int = "tensor"
     activation_bits: int = FLOAT_BITS
+    width: float = 1.0
 
     @property
     def factorisation(self) -> tuple[Any, ...]:
@@ -283,6 +291,8 @@ def _check_layer(plan: LayerPlan, spec: LayerSpec) -> None:
     if plan.rounding not in ROUNDINGS:
         raise PlanError(f"{where}: rounding is {plan.rounding!r}, allowed: {', '.join(ROUNDINGS)}")
     _check_granularity(where, plan)
+    if type(plan.width) not in (int, float) or not 0 < plan.width <= 1:
+        raise PlanError(f"{where}: width is {plan.width!r}, allowed: a number above 0 up to 1")
     if plan.rank is None:
         return
     if not spec.factorable:
