@@ -18,7 +18,7 @@ from autocompress.compress.layers import macs_of
 from autocompress.compress.prune import kept_mask
 from autocompress.deploy.slim import slimmed
 from autocompress.errors import PlanError, SpaceError
-from autocompress.plan import LayerPlan, Plan, Recipe, check, uncompressed
+from autocompress.plan import LayerPlan, LayerSpec, Plan, Recipe, check, uncompressed
 from autocompress.search.lineage import ancestor
 from autocompress.search.space import ladder
 from autocompress.search.space_file import load_space
@@ -363,6 +363,16 @@ def test_the_nearest_state_is_one_of_no_less_width(bench):
     members = {n: plan_of(bench, dict.fromkeys(HALF, width)) for n, width in ((1, 0.4), (2, 0.8), (3, 1.0))}
     assert ancestor(plan_of(bench, dict.fromkeys(HALF, 0.6)), members, bench.layers) == 2
     assert ancestor(plan_of(bench, {}), members, bench.layers) == 3
+
+
+def test_many_units_are_kept_in_blocks_or_all():
+    def kept(size, width):
+        return LayerSpec("a", "linear", (size, 3), 3 * size).units(LayerPlan(width=width))
+
+    assert [kept(20, width) for width in (1.0, 0.95, 0.85, 0.7, 0.5, 0.01)] == [20, 20, 16, 16, 8, 8]
+    assert [kept(64, width) for width in (1.0, 0.9, 0.75, 0.5, 0.1)] == [64, 56, 48, 32, 8]
+    assert [kept(15, width) for width in (1.0, 0.5, 0.01)] == [15, 8, 1]
+    assert all(kept(size, 1.0) == size for size in range(1, 70))
 
 
 def test_energies_in_parts_and_groups_are_those_of_whole_moments():
