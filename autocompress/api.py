@@ -227,7 +227,7 @@ def _search(
     check_task(task)
     bench = Workbench(task)
     along = sampler == CONTINUATION
-    found = _space(space, bench, target, along=along)
+    found = _space(space, bench, target, along=along, timed=timing is not None)
     priced = is_continuable(found)
     if epochs is None and along and name is not None and records.file(name).exists():
         before = StudyStore.open(records.file(name))
@@ -296,15 +296,15 @@ def _search(
         return Study(records_of(records, store), records, task, settings.origin)
 
 
-def _space(space: Any, bench: Workbench, target: str, *, along: bool) -> Space:
-    """The search space, read and checked; where none is named the one that suits a continuation, or the target."""
+def _space(space: Any, bench: Workbench, target: str, *, along: bool, timed: bool) -> Space:
+    """The search space, read and checked; where none is named that which suits a continuation, the target, or time."""
     from autocompress import preflight
-    from autocompress.deploy.target import RANKS_ONLY, RANKS_SPACE, check_holds
+    from autocompress.deploy.target import FAST_SPACE, RANKS_ONLY, RANKS_SPACE, check_holds
     from autocompress.search.continuation import CONTINUATION, check_continuable
     from autocompress.search.space_file import load_space
 
     if space is None:
-        space = CONTINUATION if along else RANKS_SPACE if target in RANKS_ONLY else None
+        space = CONTINUATION if along else RANKS_SPACE if target in RANKS_ONLY else FAST_SPACE if timed else None
     found = load_space(space, bench.layers, bench.rank_errors)
     if along:
         check_continuable(found)
@@ -312,6 +312,9 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool) -> Space:
     if unseen:
         names = ", ".join(map(repr, unseen))
         _log.warning("inputs of %s keep 32 bits: no example reaches them, or their parent computes by itself", names)
+    found, whole = preflight.where_cut(found, bench)
+    if whole:
+        _log.info("%s", preflight.keep_all(whole))
     preflight.check_space(found, bench)
     check_holds(target, found)
     return found

@@ -134,6 +134,7 @@ def inspect_task(
     bench = Workbench(loaded)
     found = load_space(space, bench.layers, bench.rank_errors)
     found, _ = preflight.where_seen(found, bench)
+    found, _ = preflight.where_cut(found, bench)
     preflight.check_space(found, bench)
     sweep = preflight.sweep_trials(trials, cluster.workers) if is_continuable(found) else 0
     return preflight.preflight(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from autocompress.compress.finetune import check_precision, finetune
 from autocompress.errors import PlanError, SpaceError
 from autocompress.plan import FLOAT_BITS, LayerSpec, check
 from autocompress.search.continuation import STEPS
-from autocompress.search.space import Space, ladder
+from autocompress.search.space import Space, ladder, listed, mildest
 from autocompress.tasks.batches import evaluate
 from autocompress.trial import Workbench
 
@@ -163,6 +163,35 @@ def where_seen(space: Space, bench: Workbench) -> tuple[Space, list[str]]:
     return replace(space, layers=tuple(whole)), [layer.spec.label for layer in unseen]
 
 
+def where_cut(space: Space, bench: Workbench) -> tuple[Space, dict[str, str]]:
+    """The space with one width for the layers that share their units, and 1 where no unit can go.
+
+    Layers that share units go as far as the mildest of their ranges. Also why, by label, for the layers of which the
+    space asked for less than they can give.
+    """
+    if not any(layer.width != 1.0 for layer in space.layers):
+        return space, {}
+    layers = {layer.spec.name: layer for layer in space.layers}
+    because = {layer.spec.label: bench.units.why(layer.spec) for layer in space.layers}
+    for layer in space.layers:
+        if because[layer.spec.label]:
+            layers[layer.spec.name] = replace(layer, width=1.0)
+    for group in bench.units.wiring.groups:
+        if not group.why:
+            shared = mildest(f"{layers[group.layers[0]].spec.label}.width", [layers[n].width for n in group.layers])
+            layers |= {name: replace(layers[name], width=shared) for name in group.layers}
+    kept = {layer.spec.label: because[layer.spec.label] for layer in space.layers if layer.width != 1.0}
+    return replace(space, layers=tuple(layers.values())), {label: why for label, why in kept.items() if why}
+
+
+def keep_all(whole: Mapping[str, str]) -> str:
+    """What `where_cut` tells, on one line: labels, and why these layers keep all units."""
+    by_why: dict[str, list[str]] = {}
+    for label, why in whole.items():
+        by_why.setdefault(why, []).append(label)
+    return "all units stay of " + "; of ".join(f"{listed(names)}: {why}" for why, names in by_why.items())
+
+
 def filling(
     bench: Workbench,
     space: Space,
@@ -214,6 +243,7 @@ def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple
                 bench.svd,
                 factoriser=bench.factoriser,
                 grids=bench.grids,
+                units=bench.units,
                 calibration=lambda: bench.calibration,
             )
             _, fixed = _timed(lambda: (model.encode(), evaluate(bench.task, bench.model, "val")))

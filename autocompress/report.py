@@ -51,15 +51,18 @@ def metric_text(value: float | None) -> str:
 def plan_summary(record: StudyRecord, plan: Plan) -> str:
     """A plan in a few words, its means weighted by the layers' parameters.
 
-    "3.2 bits, rank 40 %, < 0.8 std": bits a weight, rank over full rank, and the pruning
-    threshold in standard deviations; where there are such, bits of layers' inputs, the price of a bit, the weight of
-    InfoMax, a precision other than float32. Empty where the record does not know the layers.
+    "3.2 bits, rank 40 %, width 60 %, < 0.8 std": bits a weight, rank over full rank, the share of units that is
+    kept, and the pruning threshold in standard deviations; where there are such, bits of layers' inputs, the price
+    of a bit, the weight of InfoMax, a precision other than float32. Empty where the record does not know the layers.
     """
     specs = {spec.name: spec for spec in record.layers}
     if not plan.layers or not plan.layers.keys() <= specs.keys():
         return ""
     if all(
-        layer.rank is None and layer.bits == layer.activation_bits == LayerPlan.bits and not layer.threshold
+        layer.rank is None
+        and layer.bits == layer.activation_bits == LayerPlan.bits
+        and not layer.threshold
+        and layer.width == LayerPlan.width
         for layer in plan.layers.values()
     ):
         return "uncompressed"
@@ -75,6 +78,8 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
             for name, layer in plan.layers.items()
         }
         parts.append(f"rank {100 * mean(ranks):.0f} %")
+    if any(layer.width != LayerPlan.width for layer in plan.layers.values()):
+        parts.append(f"width {100 * mean({name: layer.width for name, layer in plan.layers.items()}):.0f} %")
     if any(layer.threshold for layer in plan.layers.values()):
         parts.append(f"< {mean({name: layer.threshold for name, layer in plan.layers.items()}):.1f} std")
     if any(layer.activation_bits != LayerPlan.activation_bits for layer in plan.layers.values()):

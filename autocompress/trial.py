@@ -30,6 +30,7 @@ from autocompress.compress.ranges import Grids, sample
 from autocompress.compress.recalibrate import BATCHES, recalibrate
 from autocompress.compress.responses import Inputs, gather
 from autocompress.compress.structure import float_tensors, map_tensors
+from autocompress.compress.units import Units
 from autocompress.errors import AutocompressError, TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, Recipe, check
 from autocompress.tasks.batches import (
@@ -197,6 +198,11 @@ class Workbench:
     def grids(self) -> Grids:
         """The ranges of layers' inputs by layer and bits, fitted to the uncompressed model's, each once."""
         return Grids(self._sampled)
+
+    @cached_property
+    def units(self) -> Units:
+        """The units of the layers, and which of them a plan's width leaves."""
+        return Units(self.model, self.layers, self.example, lambda: self.statistics)
 
     def _sampled(self) -> Mapping[str, Tensor]:
         with preserved(0):
@@ -382,8 +388,10 @@ def _outcomes(
         start,
         factoriser=bench.factoriser,
         grids=bench.grids,
+        units=bench.units,
         calibration=lambda: bench.calibration,
     )
+    read = bench.units.read(plan)
     epochs = recipe.epochs
     rungs = [share * epochs for share in budget.rungs] if epochs > 0 else [0.0]
     feed = bench.feed(seed, recipe.distillation > 0, recipe.infomax > 0) if epochs > 0 else None
@@ -406,7 +414,7 @@ def _outcomes(
             epoch=epoch,
             size_bytes=found.size_bytes,
             metric_val=metric,
-            macs=macs_of(specs, model.plan),
+            macs=macs_of(specs, model.plan, read),
             seconds=time.monotonic() - began,
             latency=found.latency,
         )

@@ -160,6 +160,9 @@ def test_plan_summary_weighs_layers_by_their_parameters() -> None:
     short = Plan({name: LayerPlan(activation_bits=8 if name == "fc1" else 32) for name in sizes}, Recipe())
     inputs = (8 * sizes["fc1"] + 32 * (total - sizes["fc1"])) / total
     assert report.plan_summary(record, short) == f"32.0 bits, inputs {inputs:.1f} bits"
+    narrow = Plan({name: LayerPlan(width=0.5 if name == "fc1" else 1.0) for name in sizes}, Recipe())
+    width = (0.5 * sizes["fc1"] + (total - sizes["fc1"])) / total
+    assert report.plan_summary(record, narrow) == f"32.0 bits, width {100 * width:.0f} %"
     recipe = Recipe(rate=0.25, infomax=0.1, precision="bfloat16")
     assert report.plan_summary(record, replace(plan, recipe=recipe)).endswith(", rate 0.25, infomax 0.1, bfloat16")
     assert report.plan_summary(record, record.trials[0].plan) == "uncompressed"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autocompress.deploy import dead_units
+from autocompress.compress import dead_units
 from autocompress.deploy.slim import slimmed
 
 IMAGES = (3, 8, 8)

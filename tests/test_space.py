@@ -18,7 +18,9 @@ from autocompress.plan import LayerSpec, Plan, Recipe, check
 from autocompress.search.space import ladder
 from autocompress.search.space_file import available, load_space, space_folder
 
-SHIPPED = ["continuation", "conv", "deep_compression", "default", "lowrank_only", "mlp", "prune_only", "quantize_only"]
+SHIPPED = [
+    "continuation", "conv", "deep_compression", "default", "fast", "lowrank_only", "mlp", "prune_only", "quantize_only",
+]  # fmt: skip
 
 
 def linear(name, rows, columns, **more):

@@ -9,7 +9,7 @@ shared weights included, sees compressed weights without knowing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +27,9 @@ from autocompress.compress.prepare import prepare
 from autocompress.compress.ranges import Range
 from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
+from autocompress.compress.units import Kept, Units
 from autocompress.errors import PlanError, TrialFailed
-from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan
+from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan, uncompressed
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
@@ -43,7 +44,8 @@ class Compressed:
 
     `module` is a copy with factorised layers; `codes` maps its state keys to their codes (one for
     all the names of a shared weight); `paid` is the rate that the weights were trained under before;
-    `ranges` holds, by layer name, the range that its inputs pass through.
+    `ranges` holds, by layer name, the range that its inputs pass through; `beside`, by state key, 1 for the units that
+    stay and 0 for the others, whose biases, scales and shifts are zero.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Compressed:
         paid: float = 0.0,
         *,
         ranges: Mapping[str, Range] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.module, self.plan, self.codes, self.aliases, self.paid = module, plan, codes, aliases, paid
-        self.ranges = dict(ranges or {})
+        self.ranges, self.beside = dict(ranges or {}), dict(beside or {})
         self.shortened = shortened(module, plan) - codes.keys()
         self.fast_layout = False
 
@@ -71,7 +74,9 @@ class Compressed:
         return {name: found.grid() for name, found in self.ranges.items()}
 
     def substitutes(self) -> dict[str, Tensor]:
-        """By state key the weights of all codes, shared ones under each of their names, and shortened parameters."""
+        """By state key the weights of all codes, shared ones under each of their names, and parameters that are
+        shortened or zero in places.
+        """
         values = {key: code.values() for key, code in self.codes.items()}
         if self.fast_layout:
             values = {key: in_fast_layout(value) for key, value in values.items()}
@@ -79,6 +84,8 @@ class Compressed:
         for key, parameter in self.module.named_parameters():
             if key in self.shortened:
                 values[key] = in_short(parameter)
+            if key in self.beside:
+                values[key] = values.get(key, parameter) * self.beside[key]
         return values
 
     def lay_out(self, fast: bool) -> None:
@@ -149,6 +156,7 @@ def compress(
     factoriser: Factoriser | None = None,
     calibration: Callable[[], Any] | None = None,
     grids: GridSource | None = None,
+    units: Units | None = None,
 ) -> Compressed:
     """A compressed copy of the model; the model itself is not touched.
 
@@ -157,15 +165,22 @@ def compress(
     With `start`, weights go on from that state instead: factors of the same rank, scheme and svd as they are, others
     made anew; tables and steps as they are where the layer's plan is the same, else fitted anew.
     `grids(spec, bits)` gives the first range of a layer's inputs; only plans with few activation bits need it.
+    `units` says which units go; only plans of less width need it. Units that a state lacks and the plan keeps come back
+    as the model has them.
     `calibration()` gives a batch of inputs, with which layers are looked at whose saliency or rounding asks for it
     (`prepare`); from a state of another plan they are solved anew. Raises TrialFailed for weights that are not
-    finite, and where there is no calibration.
+    finite, and where there is no calibration; PlanError for units that cannot go.
     """
     module = copy.deepcopy(model)
     made = Factoriser(model, svds) if factoriser is None else factoriser
     plan = replace(plan, layers={spec.name: made.settled(spec, plan.layers[spec.name]) for spec in specs})
+    kept = _kept(plan, specs, units)
+    moved: frozenset[str] = frozenset()
     if start is not None:
+        before = _kept(start.plan, specs, units)
         _take_over(module, specs, start)
+        _bring_back(module, model, before, kept)
+        moved = frozenset(name for name in {*before.rows, *kept.rows} if not before.same_rows(kept, name))
     keys: dict[str, LayerSpec] = {}
     for spec in specs:
         layer = plan.layers[spec.name]
@@ -173,14 +188,17 @@ def compress(
         if layer.rank is None:
             keys[f"{prefix}weight"] = spec
         else:
-            module = _factorise(module, spec, layer, made, start)
+            begun = start if start is None or spec.name not in moved else replace(start, plan=uncompressed(specs))
+            module = _factorise(module, spec, layer, made, begun, rows=kept.rows.get(spec.name))
             keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
     plans = {first[id(module.get_parameter(key))]: plan.layers[spec.name] for key, spec in keys.items()}
     learned = {
-        first[id(module.get_parameter(key))]: {} if start is None else _learned(start, plan, spec.name)
+        first[id(module.get_parameter(key))]: {} if start is None else _learned(start, plan, spec.name, moved)
         for key, spec in keys.items()
     }
+    rows = {first[id(module.get_parameter(key))]: kept.rows[s.name] for key, s in _last(keys) if s.name in kept.rows}
+    beside = _without(module, plan, kept)
     for key in plans:
         if not torch.isfinite(module.get_parameter(key)).all():
             raise TrialFailed(f"weight {key!r} holds values that are not finite")
@@ -195,11 +213,11 @@ def compress(
     }
     for key, layer in plans.items():
         if is_rated(plan, layer):
-            codes |= _rated_bias(module, key, learned[key])
+            codes |= _rated_bias(module, key, learned[key], rows.get(key))
         if key not in looked_at:
-            codes[key] = _code(module, by_key, key, learned[key])
+            codes[key] = _code(module, by_key, key, learned[key], rows=rows)
     if looked_at:
-        codes |= _calibrated(module, replace(plan, layers=looked_at), codes, learned, calibration)
+        codes |= _calibrated(module, replace(plan, layers=looked_at), codes, learned, calibration, rows=rows)
         codes = {key: codes[key] for key in first.values() if key in codes}
     aliases = {
         key: first[id(tensor)]
@@ -207,7 +225,53 @@ def compress(
         if first.get(id(tensor), key) != key and first[id(tensor)] in codes
     }
     found = _ranges(module, specs, plan, start, grids)
-    return Compressed(module, plan, codes, aliases, 0.0 if start is None else start.plan.recipe.rate, ranges=found)
+    paid = 0.0 if start is None else start.plan.recipe.rate
+    return Compressed(module, plan, codes, aliases, paid, ranges=found, beside=beside)
+
+
+def _kept(plan: Plan, specs: Sequence[LayerSpec], units: Units | None) -> Kept:
+    """The units that stay under a plan."""
+    if units is not None:
+        return units.kept(plan)
+    for spec in specs:
+        if spec.units(plan.layers[spec.name]) < spec.shape[0]:
+            width = plan.layers[spec.name].width
+            raise PlanError(f"layer {spec.label!r}: width is {width:g}, allowed: 1 (nothing tells which units can go)")
+    return Kept({}, {})
+
+
+def _bring_back(module: nn.Module, model: nn.Module, before: Kept, now: Kept) -> None:
+    """Give units that stay now and did not before what the model has for them."""
+    mine, theirs = module.state_dict(), model.state_dict()
+    gone = {f"{name}.weight".lstrip("."): (rows, now.rows.get(name)) for name, rows in before.rows.items()}
+    for key, rows in before.beside.items():
+        owner = key.rpartition(".")[0]
+        statistics = [f"{owner}.{name}".lstrip(".") for name in ("running_mean", "running_var")]
+        gone |= {k: (rows, now.beside.get(key)) for k in (key, *statistics) if k in mine}
+    for key, (old, new) in gone.items():
+        back = ~old if new is None else new & ~old
+        mine[key][back] = theirs[key][back]
+
+
+def _last(keys: Mapping[str, LayerSpec]) -> list[tuple[str, LayerSpec]]:
+    """Of the keys of each layer the last: that of the weight, or of the factor, whose rows are the layer's outputs."""
+    return [(key, spec) for key, spec in {spec.name: (key, spec) for key, spec in keys.items()}.values()]
+
+
+def _without(module: nn.Module, plan: Plan, kept: Kept) -> dict[str, Tensor]:
+    """Zero what stands beside the rows that go; by state key what holds it there, 1 for units that stay."""
+    renamed = {
+        f"{name}.bias".lstrip("."): f"{name}.{lowrank.parts_of(layer.scheme) - 1}.bias".lstrip(".")
+        for name, layer in plan.layers.items()
+        if layer.rank is not None
+    }
+    held: dict[str, Tensor] = {}
+    for key, stays in kept.beside.items():
+        name = renamed.get(key, key)
+        parameter = module.get_parameter(name)
+        held[name] = stays.to(parameter)
+        parameter.data *= held[name]
+    return held
 
 
 def _ranges(
@@ -237,6 +301,8 @@ def _calibrated(
     others: Mapping[str, Code | RatedCode],
     learned: Mapping[str, Mapping[str, Tensor]],
     calibration: Callable[[], Any] | None,
+    *,
+    rows: Mapping[str, Tensor],
 ) -> dict[str, Code | RatedCode]:
     """The codes of weights whose plans ask for the layers' inputs; the plan's layers are those, by state key."""
     if calibration is None:
@@ -254,31 +320,43 @@ def _calibrated(
         found = moments.statistics()
         if not (found.gram.isfinite().all() and found.mean.isfinite().all()):
             raise TrialFailed(f"layer {labels[key]!r}: its calibration inputs are not finite")
-        given = weight, plan.layers[key], unit_of(weight, learned[key], key), found
+        unit, drift, own = unit_of(weight, learned[key], key), moments.drift, weight
+        if (stays := rows.get(key)) is not None:
+            own, found, drift, groups = solve.of_rows(weight, found, drift, groups, stays)
+        given = own, plan.layers[key], unit, found
         if key in rated:
-            return priced.solve(*given, bit=bit, drift=moments.drift, groups=groups)
-        return solve.solve(*given, drift=moments.drift, groups=groups)
+            prepared = priced.solve(*given, bit=bit, drift=drift, groups=groups)
+        else:
+            prepared = solve.solve(*given, drift=drift, groups=groups)
+        return prepared if stays is None else solve.among_rows(prepared, weight, stays)
 
     def values(key: str, prepared: solve.Prepared) -> Tensor:
-        codes[key] = _code(module, plan, key, learned[key], prepared)
+        codes[key] = _code(module, plan, key, learned[key], prepared, rows=rows)
         return codes[key].values().detach()
 
     plain = {key: code.values().detach() for key, code in others.items()}
     prepare(module, plain, labels, solved, values, lambda model: call_with(model, {}, inputs))
     for key in plan.layers:
         if key not in codes:
-            codes[key] = _code(module, plan, key, {})
+            codes[key] = _code(module, plan, key, {}, rows=rows)
     return codes
 
 
 def _code(
-    module: nn.Module, plan: Plan, key: str, learned: Mapping[str, Tensor], prepared: solve.Prepared | None = None
+    module: nn.Module,
+    plan: Plan,
+    key: str,
+    learned: Mapping[str, Tensor],
+    prepared: solve.Prepared | None = None,
+    *,
+    rows: Mapping[str, Tensor],
 ) -> Code | RatedCode:
     """A weight's code: from what was prepared, else from what was learned, else from itself. The plan is by key."""
     weight, layer = module.get_parameter(key), plan.layers[key]
+    stays = rows[key].to(weight.device) if key in rows else None
     if is_rated(plan, layer):
-        return _rated(weight, layer, learned, key, prepared)
-    return Code(weight, layer, learned, key, prepared)
+        return _rated(weight, layer, learned, key, prepared, stays)
+    return Code(weight, layer, learned, key, prepared, rows=stays)
 
 
 def is_rated(plan: Plan, layer: LayerPlan) -> bool:
@@ -286,21 +364,28 @@ def is_rated(plan: Plan, layer: LayerPlan) -> bool:
     return plan.recipe.rate > 0 and 2 <= layer.bits <= 8
 
 
-def _rated(
-    weight: Tensor, layer: LayerPlan, learned: Mapping[str, Tensor], key: str, prepared: solve.Prepared | None
+def _rated(  # noqa: PLR0917
+    weight: Tensor,
+    layer: LayerPlan,
+    learned: Mapping[str, Tensor],
+    key: str,
+    prepared: solve.Prepared | None,
+    rows: Tensor | None,
 ) -> RatedCode:
     """A weight's code under a rate: what lies below the threshold starts at zero, the step is the least squares one."""
     unit = unit_of(weight, learned, key)
     if prepared is not None and prepared.step is not None:
-        return RatedCode(prepared.weight, layer.bits, prepared.step, unit)
+        return RatedCode(prepared.weight, layer.bits, prepared.step, unit, rows)
     step = learned.get(f"{key}#step")
     if step is not None:
-        return RatedCode(weight, layer.bits, step, unit)
-    kept = weight * prune.magnitude_mask(weight, layer.threshold, unit)
-    return RatedCode(kept, layer.bits, quantize.grid_step(kept[kept != 0], layer.bits), unit)
+        return RatedCode(weight, layer.bits, step, unit, rows)
+    kept = weight * prune.kept_mask(weight, layer.threshold, unit, rows)
+    return RatedCode(kept, layer.bits, quantize.grid_step(kept[kept != 0], layer.bits), unit, rows)
 
 
-def _rated_bias(module: nn.Module, key: str, learned: Mapping[str, Tensor]) -> dict[str, RatedCode]:
+def _rated_bias(
+    module: nn.Module, key: str, learned: Mapping[str, Tensor], rows: Tensor | None
+) -> dict[str, RatedCode]:
     """The code of the bias beside a weight, if one is trained.
 
     The first step is a quarter of the biases' root mean square, or what it takes to reach the largest.
@@ -314,7 +399,7 @@ def _rated_bias(module: nn.Module, key: str, learned: Mapping[str, Tensor]) -> d
     spread = float(bias.detach().double().square().mean().sqrt())
     reach = quantize.levels(BIAS_BITS)[1]
     step = learned.get(f"{name}#step", max(max(spread, 1e-3) / 4, float(bias.detach().abs().max()) / reach))
-    return {name: RatedCode(bias, BIAS_BITS, step, spread)}
+    return {name: RatedCode(bias, BIAS_BITS, step, spread, None if rows is None else rows.to(bias.device))}
 
 
 def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
@@ -344,10 +429,14 @@ def _short_state(norm: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in _NORM_STATE if name != "running_mean" or not far.any())
 
 
-def _learned(start: State, plan: Plan, name: str) -> Mapping[str, Tensor]:
-    """What of a state's "#" entries fits a layer under the plan that goes on from it."""
+def _learned(start: State, plan: Plan, name: str, moved: Collection[str]) -> Mapping[str, Tensor]:
+    """What of a state's "#" entries fits a layer under the plan that goes on from it; `moved` lose or get units."""
     old, new = start.plan.layers[name], plan.layers[name]
-    if replace(old, activation_bits=new.activation_bits) == new and is_rated(start.plan, old) == is_rated(plan, new):
+    if (
+        name not in moved
+        and replace(old, activation_bits=new.activation_bits) == new
+        and is_rated(start.plan, old) == is_rated(plan, new)
+    ):
         return start.tensors
     whole = old.rank is None and new.rank is None
     if whole or old.factorisation == new.factorisation:
@@ -381,9 +470,18 @@ def _product(spec: LayerSpec, start: State) -> Tensor:
 
 
 def _factorise(
-    module: nn.Module, spec: LayerSpec, plan: LayerPlan, factoriser: Factoriser, start: State | None
+    module: nn.Module,
+    spec: LayerSpec,
+    plan: LayerPlan,
+    factoriser: Factoriser,
+    start: State | None,
+    *,
+    rows: Tensor | None,
 ) -> nn.Module:
-    """The module with factors in the layer's place, weights set, and the mean of its outputs mended where it can be."""
+    """The module with factors in the layer's place, weights set, and the mean of its outputs mended where it can be.
+
+    Only the rows that stay are approximated (`rows`, bool (out,)).
+    """
     target = module.get_submodule(spec.name)
     weight: Tensor = target.weight  # type: ignore[assignment]
     places = lowrank.factorised(target, plan)
@@ -391,7 +489,8 @@ def _factorise(
     if start is not None and start.plan.layers[spec.name].factorisation == plan.factorisation:
         weights: Sequence[Tensor] = _held(spec, start)
     else:
-        made = factoriser.factors(spec, plan, None if start is None else weight.detach())
+        own = weight.detach() if rows is None else weight.detach() * prune.kept_mask(weight, 0.0, 1.0, rows)
+        made = factoriser.factors(spec, plan, None if start is None and rows is None else own)
         weights, shift = made.weights, made.shift
     with torch.no_grad():
         for place, factor in zip(places, weights, strict=True):

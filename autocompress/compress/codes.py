@@ -23,7 +23,7 @@ class Code:
     """One weight: the floats that stay, their positions, and the table or step that they go by.
 
     `weights` (n,) and `table` (k,) or `step` () are leaf tensors that an optimiser may train;
-    a table's entries may pass each other in training.
+    a table's entries may pass each other in training. Of the rows that do not stay (`rows`, bool (out,)) none does.
     """
 
     def __init__(
@@ -33,13 +33,17 @@ class Code:
         start: Mapping[str, Tensor],
         key: str,
         prepared: solve.Prepared | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> None:
         self.shape, self.bits, self.kind = tuple(weight.shape), plan.bits, plan.quantizer
         self.dense = weight.detach().clone()
         self.unit = unit_of(weight, start, key)
         if prepared is None:
             found = start.get(f"{key}#mask")
-            mask = prune.magnitude_mask(weight, plan.threshold, self.unit) if found is None else found.to(weight.device)
+            mask = (
+                prune.kept_mask(weight, plan.threshold, self.unit, rows) if found is None else found.to(weight.device)
+            )
         else:
             mask, start = prepared.mask, prepared.learned(key)
             self.dense = torch.where(mask, prepared.weight, self.dense)

@@ -129,7 +129,8 @@ class Estimator:
                 piece = self._piece(spec, layer, index)
                 name = key if index < 0 else f"{key.removesuffix('weight')}{index}.weight"
                 shape = piece.shape(layer.rank)
-                yield (name, *_told(layer, tensor), shape), self._coded_bytes(piece, layer, effort)
+                share = spec.units(layer) / spec.shape[0] if index == indices[-1] else 1.0
+                yield (name, *_told(layer, tensor), shape), self._coded_bytes(piece, layer, effort, share)
                 if scales := _scales(layer, shape):
                     yield (
                         (f"{name}{artifact.SCALE}", "raw/max", "bfloat16", scales),
@@ -179,7 +180,8 @@ class Estimator:
                 self._pieces[at] = _Factor(at, spec, self._factoriser.nested(spec, layer.scheme, svd), weight.dtype)
         return self._pieces[at]
 
-    def _coded_bytes(self, piece: _Whole | _Factor, layer: LayerPlan, effort: str) -> int:
+    def _coded_bytes(self, piece: _Whole | _Factor, layer: LayerPlan, effort: str, share: float) -> int:
+        """A stream's bytes, where that share of the rows is kept: rows of zeros cost next to nothing."""
         weights = piece.ordered(layer.rank)
         base, table, most = _base(weights, layer)
         shape = piece.shape(layer.rank)
@@ -188,7 +190,7 @@ class Estimator:
         first, last = weights.kept(layer.threshold)
         masked = last - first >= (1 - container.SPARSE) * weights.count
         log = self._log_ratio(piece, layer, searched if layer.bits <= _BITS[-1] else masked, effort)
-        return round(base * math.exp(log)) + _table_bytes(table, layer, effort)
+        return round(base * math.exp(log) * share) + _table_bytes(table, layer, effort)
 
     def _log_ratio(self, piece: _Whole | _Factor, layer: LayerPlan, way: bool, effort: str) -> float:
         """The logarithm of what coders take over `_base`, interpolated.

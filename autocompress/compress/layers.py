@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,14 +82,19 @@ def find_layers(model: nn.Module, call: Callable[[nn.Module], Any]) -> Inventory
     return Inventory(tuple(_try_factors(model, layers, call)), tuple(kept))
 
 
-def macs_of(specs: Iterable[LayerSpec], plan: Plan) -> int:
+def macs_of(specs: Iterable[LayerSpec], plan: Plan, read: Mapping[str, int] | None = None) -> int:
     """Multiply-accumulates of one example in the compressible layers; pruned weights count as executed.
 
-    A factorised layer's are scaled by its share of weights, exact where the stride is 1.
+    A factorised layer's are scaled by its share of weights, exact where the stride is 1. Rows of units that go by the
+    plan's width do not count, nor columns that read such units, where `read` tells by layer name how many inputs are
+    left (`Units.read`).
     """
     total = 0
     for spec in specs:
-        total += round(spec.macs * (spec.weights(plan.layers[spec.name]) / spec.parameters))
+        layer = plan.layers[spec.name]
+        inputs = (read or {}).get(spec.name, spec.shape[1])
+        left = replace(spec, shape=(spec.units(layer), inputs, *spec.shape[2:]))
+        total += round(spec.macs * (left.weights(layer) / spec.parameters))
     return total
 
 

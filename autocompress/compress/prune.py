@@ -27,6 +27,15 @@ def magnitude_mask(weight: Tensor, threshold: float, unit: float) -> Tensor:
     return size >= min(threshold * unit, float(size.max()))
 
 
+def kept_mask(weight: Tensor, threshold: float, unit: float, rows: Tensor | None) -> Tensor:
+    """`magnitude_mask` among the rows (out,) that stay, False in the others; None: all stay."""
+    if rows is None:
+        return magnitude_mask(weight, threshold, unit)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[rows] = magnitude_mask(weight[rows], threshold, unit)
+    return mask
+
+
 def without_least(saliency: Tensor, count: int) -> Tensor:
     """True but for the `count` entries of least saliency; bool, its shape."""
     mask = torch.ones(saliency.numel(), dtype=torch.bool, device=saliency.device)

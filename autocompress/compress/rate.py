@@ -44,14 +44,18 @@ class RatedCode:
     """One tensor under a price: all its floats, on a grid of learned step.
 
     `weights` (the tensor's shape) and `log_step` () are leaf tensors that an optimiser trains. Nothing is
-    masked: what rounds to zero may come back. `unit` is what thresholds count in.
+    masked: what rounds to zero may come back, but for the rows that do not stay (`rows`, bool (out,)). `unit` is what
+    thresholds count in.
     """
 
     table: Tensor | None = None
     _pulls: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, weights: Tensor, bits: int, step: Tensor | float, unit: float) -> None:
-        self.weights = weights.detach().clone().requires_grad_()
+    def __init__(
+        self, weights: Tensor, bits: int, step: Tensor | float, unit: float, rows: Tensor | None = None
+    ) -> None:
+        self.rows = None if rows is None else rows.to(weights).view(-1, *(1 for _ in weights.shape[1:]))
+        self.weights = in_rows(weights.detach(), self.rows).clone().requires_grad_()
         self.log_step = torch.as_tensor(step).to(weights).log().requires_grad_()
         self.top, self.unit = quantize.levels(bits)[1], unit
         self._attraction = neighbours.Attraction(tuple(weights.shape))
@@ -65,7 +69,7 @@ class RatedCode:
 
     def values(self) -> Tensor:
         """The tensor that the model computes with; differentiable in `weights` (straight through) and `log_step`."""
-        return _Grid.apply(self.weights, self.step, self.top)  # type: ignore[no-untyped-call, no-any-return]
+        return in_rows(_Grid.apply(self.weights, self.step, self.top), self.rows)  # type: ignore[no-untyped-call]
 
     def trained(self) -> tuple[list[Tensor], list[Tensor]]:
         """The leaf tensors that learn at the recipe's rate, and those at a tenth of it."""
@@ -129,6 +133,11 @@ class RatedCode:
     def full(self) -> Tensor:
         """All float weights."""
         return self.weights.detach().clone()
+
+
+def in_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """The tensor, zero but in the rows that stay (1 in a tensor that multiplies it, None for all)."""
+    return tensor if rows is None else tensor * rows
 
 
 class Charge:

@@ -84,6 +84,38 @@ def shaped(found: Prepared, weight: Tensor) -> Prepared:
     return replace(found, weight=found.weight.reshape(weight.shape).to(weight), mask=found.mask.reshape(weight.shape))
 
 
+def of_rows(
+    weight: Tensor, inputs: Statistics, drift: Tensor | None, groups: int, rows: Tensor
+) -> tuple[Tensor, Statistics, Tensor | None, int]:
+    """The problem of the rows that stay (bool (out,)); of a depthwise convolution with the inputs of these alone."""
+    own = weight[rows.to(weight.device)]
+    if groups == 1:
+        return own, inputs, drift, groups
+    chosen = rows.to(inputs.gram.device)
+    left = Statistics(inputs.gram[chosen], inputs.mean[chosen], inputs.count)
+    return own, left, None if drift is None else drift[chosen], len(own)
+
+
+def among_rows(found: Prepared, weight: Tensor, rows: Tensor) -> Prepared:
+    """What was found for the rows that stay, among all of a weight's: the others are as they were, and masked.
+
+    Scales and lowest levels that rows have of their own are those of the first row where it does not stay.
+    """
+
+    def spread(part: Tensor, others: Tensor) -> Tensor:
+        whole = others.clone()
+        whole[rows.to(whole.device)] = part
+        return whole
+
+    def own(part: Tensor | None) -> Tensor | None:
+        return part if part is None or part.dim() < 2 else spread(part, part[:1].repeat(len(rows), 1))
+
+    mask = spread(found.mask, torch.zeros_like(weight, dtype=torch.bool))
+    return replace(
+        found, weight=spread(found.weight, weight.detach()), mask=mask, step=own(found.step), low=own(found.low)
+    )
+
+
 def towards(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """The weights whose outputs for the inputs x are nearest to those of `weight` for x', `AIM` of the way there.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocompress.deploy.torch_export import exported, quiet
+from autocompress.compress.tracing import exported, quiet
 from autocompress.errors import ExportError
 from autocompress.tasks.wording import one_line, without_paths
 
@@ -36,7 +36,7 @@ def write(
 ) -> dict[str, Any]:
     """What the manifest says of the batch sizes of the written program.
 
-    `module` (in eval mode, on the CPU) and `inputs` as in `torch_export.write`. `INT8` quantizes weights (per
+    `module` (in eval mode, on the CPU) and `inputs` as in `tracing.exported`. `INT8` quantizes weights (per
     channel) and activations (per tensor) by the ranges that `calibration`, batches of inputs, shows.
     Raises ExportError where executorch is missing or refuses the model.
     """

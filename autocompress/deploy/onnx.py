@@ -33,7 +33,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from autocompress.deploy.torch_export import quiet
+from autocompress.compress.tracing import quiet
 from autocompress.errors import ExportError
 from autocompress.tasks.wording import one_line
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autocompress.deploy import dead_units
-from autocompress.deploy.dead_units import Analysis, Layer
-from autocompress.deploy.torch_export import exported
+from autocompress.compress import dead_units
+from autocompress.compress.dead_units import Analysis, Layer
+from autocompress.compress.tracing import exported
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Cut:
 def slimmed(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> tuple[nn.Module, Cut]:
     """The module without dead units, in eval mode, and what went; the module itself is not touched.
 
-    `inputs` as in `torch_export.write`. Weights that stay are bit-equal; values that were constant stand in biases.
+    `inputs` as in `tracing.exported`. Weights that stay are bit-equal; values that were constant stand in biases.
     Raises ExportError for a model that torch.export refuses.
     """
     graph_module = exported(module, inputs, keywords).module()

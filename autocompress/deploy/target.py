@@ -37,6 +37,8 @@ RANKS_ONLY = frozenset({"executorch", "executorch-int8"})
 """Targets whose files hold weights of one width: what prunes weights or gives them fewer levels saves nothing."""
 RANKS_SPACE = "lowrank_only"
 """The space that is searched for them where none is named."""
+FAST_SPACE = "fast"
+"""The space that is searched where latency is an objective and none is named."""
 _TURNS = 15
 """Of timing a trial's file; the front's are timed again at the end."""
 

@@ -113,7 +113,8 @@ def _beginning(space: Space, rate: Knob, chain: int, random: Random) -> dict[str
     params = {k.name: k.at(0.5 if chain == 0 else random.random()) for k in space.knobs}
     for layer in space.layers:
         tolerance = isinstance(layer.rank, Knob) and layer.rank.kind == "float"
-        for setting, mild in ((layer.rank, float(not tolerance)), (layer.bits, 1.0), (layer.threshold, 0.0)):
+        rank, width = (layer.rank, float(not tolerance)), (layer.width, 1.0)
+        for setting, mild in (rank, width, (layer.bits, 1.0), (layer.threshold, 0.0)):
             if isinstance(setting, Knob):
                 params[setting.name] = setting.at(abs(mild - strength))
     return {**params, RATE: rate.low}

@@ -98,6 +98,7 @@ class LayerSettings:
     rounding: str = "nearest"
     granularity: str | int = "tensor"
     activation_bits: Setting = FLOAT_BITS
+    width: Setting = 1.0
 
     @property
     def owner(self) -> str:
@@ -106,7 +107,7 @@ class LayerSettings:
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
-        settings = (self.rank, self.bits, self.threshold, self.activation_bits)
+        settings = (self.rank, self.width, self.bits, self.threshold, self.activation_bits)
         return tuple(s for s in settings if isinstance(s, Knob))
 
     def rank_of(self, value: float) -> int | None:
@@ -121,6 +122,7 @@ class LayerSettings:
         bits, threshold = int(_value(self.bits, params)), float(_value(self.threshold, params))
         way: dict[str, Any] = {"saliency": self.saliency, "rounding": self.rounding, "granularity": self.granularity}
         way["activation_bits"] = int(_value(self.activation_bits, params))
+        way["width"] = float(_value(self.width, params))
         return LayerPlan(rank, bits, threshold, self.scheme, self.quantizer, svd=self.svd, **way)
 
 
@@ -166,7 +168,7 @@ class Space:
         params: dict[str, float] = {}
         for layer in self.layers:
             mine = wanted[layer.spec.name]
-            for option in ("bits", "threshold", "activation_bits"):
+            for option in ("bits", "threshold", "activation_bits", "width"):
                 if isinstance(knob := getattr(layer, option), Knob):
                     params.setdefault(knob.name, knob.number_for(getattr(mine, option)))
             if isinstance(layer.rank, Knob) and layer.rank.name not in params:
@@ -250,7 +252,7 @@ class Space:
 def ladder(space: Space, specs: Sequence[LayerSpec], steps: int) -> list[dict[str, float]]:
     """Parameters of at most `steps` different plans, from mild to strong; the middle one for `steps` 1.
 
-    At strength s, from 0 to 1, a layer's bits are at 1 - s of their range and its threshold at s;
+    At strength s, from 0 to 1, a layer's bits and width are at 1 - s of their ranges and its threshold at s;
     it stays whole (as whole as the space lets it) unless rank is its only knob, which then falls
     with s. Small layers go at half that strength, and the first and last layer at three quarters
     unless they hold more than an even share of the weights. Recipe knobs stay in the middle.
@@ -279,6 +281,8 @@ def _uniform(space: Space, firmness: Mapping[str, float], strength: float) -> di
             params[layer.threshold.name] = layer.threshold.at(push)
         if isinstance(layer.activation_bits, Knob):
             params[layer.activation_bits.name] = layer.activation_bits.at(1 - push)
+        if isinstance(layer.width, Knob):
+            params[layer.width.name] = layer.width.at(1 - push)
         if isinstance(layer.rank, Knob):
             knob, top = layer.rank, space.wholest(layer.rank)
             alone = len(layer.knobs) == 1
@@ -300,6 +304,7 @@ _LATER = {
     "saliency": "magnitude",
     "rounding": "nearest",
     "granularity": "tensor",
+    "width": 1.0,
 }
 """What came later: a space that leaves it alone has the fingerprint that it had before."""
 
@@ -307,6 +312,15 @@ _LATER = {
 def _told(value: Knob | LayerSettings) -> dict[str, Any]:
     """The fields as a table, those of knobs inside too, without what came later and says nothing."""
     return asdict(value, dict_factory=lambda items: {k: v for k, v in items if k not in _LATER or _LATER[k] != v})
+
+
+def mildest(name: str, widths: Sequence[Setting]) -> Setting:
+    """The one width for layers that share their units, as far as the mildest goes; a new knob where theirs differ."""
+    if len(set(widths)) == 1:
+        return widths[0]
+    low = max(width.low if isinstance(width, Knob) else width for width in widths)
+    high = max(width.high if isinstance(width, Knob) else width for width in widths)
+    return high if low == high else Knob(name, low, high, "float")
 
 
 def rank_within(tolerance: float, errors: Sequence[tuple[int, float]]) -> int | None:

@@ -217,6 +217,7 @@ _OPTIONS: dict[str, Callable[[At, Any], Any]] = {
     "rounding": partial(_choice, allowed=ROUNDINGS),
     "granularity": _granularity,
     "activation_bits": partial(_range, end=_activation_width),
+    "width": partial(_range, end=partial(_number, high=1.0, above=True)),
 }
 _UNTOUCHED: dict[str, Any] = {
     "rank": _Range(FULL, FULL),
@@ -230,6 +231,7 @@ _UNTOUCHED: dict[str, Any] = {
     "rounding": ROUNDINGS[0],
     "granularity": GRANULARITIES[0],
     "activation_bits": _Range(FLOAT_BITS, FLOAT_BITS),
+    "width": _Range(1.0, 1.0),
 }
 _FILTERS = {"kind": KINDS, "position": POSITIONS, "size": SIZES}
 _RECIPE: dict[str, _End] = {
@@ -345,7 +347,7 @@ def _settings(
 
 
 def _check_alike(at: At, group: str, one: tuple[LayerSpec, _Settled], other: tuple[LayerSpec, _Settled]) -> None:
-    for option in ("rank", "bits", "threshold", "activation_bits"):
+    for option in ("rank", "bits", "threshold", "activation_bits", "width"):
         first, second = one[1][option][0], other[1][option][0]
         if first != second:
             raise SpaceError(
@@ -374,6 +376,7 @@ def _layer_settings(spec: LayerSpec, mine: _Settled, errors: Errors | None) -> L
         rounding=mine["rounding"][0],
         granularity=_granular(mine),
         activation_bits=_one_of(f"{owner}.activation_bits", mine["activation_bits"][0]),
+        width=_setting(f"{owner}.width", mine["width"][0], "float"),
     )
 
 

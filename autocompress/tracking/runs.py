@@ -83,6 +83,8 @@ def trial_params(record: StudyRecord, trial: TrialRecord) -> dict[str, str]:
         params[f"{key}.rank"] = "full" if layer.rank is None else str(layer.rank)
         params[f"{key}.bits"] = str(layer.bits)
         params[f"{key}.threshold"] = str(layer.threshold)
+        if layer.width < LayerPlan.width:
+            params[f"{key}.width"] = f"{layer.width:.4g}"
         if layer.activation_bits < FLOAT_BITS:
             params[f"{key}.activation_bits"] = str(layer.activation_bits)
         if trial.number != 0 and name in specs and (share := rank_share(specs[name], layer)) is not None:
