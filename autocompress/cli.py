@@ -123,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     _data_option(get)
     text = "Write a plan of the front to a deployment."
     add("export", _export, text, _study_argument, _goal_options, _export_options)
-    add("bench", _bench, "Measure the front's latency in onnxruntime.", _study_argument, _bench_options)
+    text = "Measure latency and memory in onnxruntime: of a study's front, or of a file."
+    add("bench", _bench, text, _bench_options, _data_option)
     return parser
 
 
@@ -139,10 +140,17 @@ def _export_options(command: argparse.ArgumentParser) -> None:
 
 
 def _bench_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", metavar="T", help="onnx or onnx-int8 (the study's own, else onnx)")
-    command.add_argument("--batch", type=_whole, nargs="+", default=[1, 32], metavar="B", help="batch sizes (1 32)")
+    known = "a .onnx file, an archive (with --task), else a study (default: the latest); a file of that name wins"
+    command.add_argument("study", metavar="STUDY|FILE", nargs="?", help=known)
+    known = "onnx or onnx-int8, of a study or an archive (the study's own, else onnx)"
+    command.add_argument("--target", metavar="T", help=known)
+    command.add_argument("--batch", type=_whole, nargs="+", metavar="B", help="batch sizes (1 32)")
     command.add_argument("--threads", type=_whole, default=1, metavar="T", help="threads of the runtime (1)")
-    command.add_argument("--json", action="store_true", help="print the front with latencies as JSON")
+    command.add_argument("--task", metavar="TASK", help="the task of an archive, as for search")
+    command.add_argument("--baseline", metavar="FILE", help="an ONNX file to time in turns with an ONNX file")
+    known = "how long a free axis of an ONNX file's inputs is, beside the batch"
+    command.add_argument("--dim", type=_length, action="append", default=[], metavar="NAME=N", help=known)
+    command.add_argument("--json", action="store_true", help="print the front with latencies, or the file's, as JSON")
 
 
 def _prune_rank_options(command: argparse.ArgumentParser) -> None:
@@ -198,6 +206,13 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _length(text: str) -> tuple[str, int]:
+    name, _, length = text.rpartition("=")
+    if not name or not length.isdecimal() or not int(length):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=N")
+    return name, int(length)
 
 
 def _number(text: str) -> float:
@@ -538,9 +553,16 @@ def _export(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from autocompress import api, report
 
-    if len(set(options.batch)) < len(options.batch):
+    if options.batch and len(set(options.batch)) < len(options.batch):
         return _fail(f"--batch is {' '.join(map(str, options.batch))}, allowed: each size once", 2)
-    timed = {"target": options.target, "batches": options.batch, "threads": options.threads}
+    if options.study and Path(options.study).is_file():
+        return _bench_file(options)
+    if options.study and Path(options.study).suffix in (".onnx", ".acz"):
+        raise UsageError(f"file {options.study!r} does not exist")
+    for what in ("task", "baseline", "dim", "data_dir"):
+        if getattr(options, what):
+            raise UsageError(f"--{what.replace('_', '-')} is for a file; a study knows its own")
+    timed = {"target": options.target, "batches": options.batch or (1, 32), "threads": options.threads}
     study = api.bench(options.study, dir=options.dir, **timed)
     if options.json:
         print(json.dumps(study.record.to_front_json(), indent=1))
@@ -548,9 +570,36 @@ def _bench(options: argparse.Namespace) -> int:
     console = _console()
     console.print(report.latency_table(study.record))
     print(
-        "ms of a call, warm, half the distance of its quartiles, and how many times the float32 model's export takes;"
+        "ms of a call, warm, half the distance of its quartiles, and how many times the float32 model's export takes;\n"
+        "memory: what loading the file and one call add to the peak of a fresh process;"
     )
     print(f"in the study's record; in MLflow with: autocompress sync {study.name}")
+    return 0
+
+
+def _bench_file(options: argparse.Namespace) -> int:
+    from autocompress import file_bench
+
+    found = file_bench.bench_file(
+        options.study,
+        task=options.task,
+        baseline=options.baseline,
+        target=options.target,
+        batches=options.batch,
+        threads=options.threads,
+        lengths=dict(options.dim),
+        data_dir=options.data_dir,
+    )
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+        return 0
+    console = _console()
+    console.print(file_bench.bench_summary(found), highlight=False, markup=False, soft_wrap=True)
+    console.print(file_bench.bench_table(found))
+    print("ms of a call, warm, and half the distance of its quartiles;")
+    print("memory: what loading the file and one call add to the peak of a fresh process")
+    if found.baseline:
+        print(f"its: of {found.baseline}, in turns; ratio: how many times its time a call takes")
     return 0
 
 

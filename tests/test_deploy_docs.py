@@ -21,7 +21,7 @@ import tomllib
 import urllib.request
 import zipfile
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ from torch import nn
 
 from autocompress import cli
 from autocompress.compress.artifact import load
-from autocompress.deploy import verify
+from autocompress.deploy import bench_file, verify
 from autocompress.deploy.export import FILES, export
 from autocompress.plan import LayerPlan
+from autocompress.report import human_count
 from autocompress.tasks import nets
 from autocompress.tasks.folders import cache_root
 from autocompress.tasks.resnet import Residual
@@ -227,6 +228,17 @@ def printed(monkeypatch, capsys):
 def test_onnxruntime(name, exports, printed, tmp_path):
     file = place(exports, name, "onnx", "onnxruntime in Python", tmp_path)
     check(printed(file), exports, name)
+
+
+def test_a_file_is_measured(exports, tmp_path, monkeypatch, capsys):
+    (words,) = lines("Which file is how large")
+    shutil.copytree(exports.folder("digits", "onnx"), tmp_path / "deploy")
+    shutil.copyfile(exports.folder("residual", "onnx") / "model.onnx", tmp_path / "other.onnx")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_file, "bench_onnx", partial(bench_file.bench_onnx, turns=2, seconds=0.0))
+    assert cli.main(words[1:]) == 0
+    manifest = json.loads((tmp_path / "deploy" / "manifest.json").read_text())
+    assert f"{human_count(manifest['cut']['macs'])} MACs an example" in capsys.readouterr().out
 
 
 def test_onnxruntime_in_8_bits(exports, printed, tmp_path):

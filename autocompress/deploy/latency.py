@@ -13,8 +13,10 @@ import torch
 
 from autocompress.compress.artifact import load
 from autocompress.deploy.export import Named, Recorder, write_file
+from autocompress.deploy.memory import peak_bytes
 from autocompress.deploy.sessions import Session, session_of
 from autocompress.deploy.turns import TURN_SECONDS, TURNS, Call, in_turns
+from autocompress.deploy.verify import save_inputs
 from autocompress.errors import UsageError
 from autocompress.record import Latency
 from autocompress.tasks.batches import call_model, first_batch, to_device
@@ -45,9 +47,7 @@ def measure(
     """
     if target not in TARGETS:
         raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
-    for what, value in (("threads", threads), *(("batch", size) for size in batches)):
-        if not 1 <= value <= MOST[what]:
-            raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
+    check(batches, threads)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)
         base = Recorder(copy.deepcopy(task.model).cpu().eval(), folder)
@@ -56,11 +56,13 @@ def measure(
         inputs = {size: _resized(base.first(size), size) for size in batches}
         files = {"float32": folder / "float32.onnx"}
         write_file("onnx", folder, base, files["float32"], slim=False)
+        macs: dict[int, int | None] = {}
         for number, artifact in artifacts.items():
             recorder = Recorder(load(artifact, model=task.model), folder, keywords=base.keywords)
             recorder.run("example", base.first(2))
             files[str(number)] = folder / f"{number}.onnx"
-            write_file(target, artifact, recorder, files[str(number)], task=task)
+            details = write_file(target, artifact, recorder, files[str(number)], task=task)
+            macs[number] = details.get("cut", {}).get("macs")
         sessions = {name: session_of(file, threads) for name, file in files.items()}
         sizes = {name: file.stat().st_size for name, file in files.items()}
         found: dict[int, list[Latency]] = {number: [] for number in artifacts}
@@ -68,13 +70,23 @@ def measure(
             calls = {name: _call(session, inputs[size]) for name, session in sessions.items()}
             times = in_turns(calls, turns=turns, seconds=seconds)
             _, whole, _ = times["float32"].quartiles
+            save_inputs(folder, "timed", inputs[size])
+            held = {name: peak_bytes(file, folder / "timed.inputs.npz", threads) for name, file in files.items()}
             for number in artifacts:
                 low, median, high = times[str(number)].quartiles
                 ratio = times[str(number)].over(times["float32"])
+                told = held[str(number)], held["float32"], macs[number]
                 found[number].append(
-                    Latency(target, size, threads, median, low, high, whole, ratio, sizes[str(number)])
+                    Latency(target, size, threads, median, low, high, whole, ratio, sizes[str(number)], *told)
                 )
     return {number: tuple(latencies) for number, latencies in found.items()}
+
+
+def check(batches: Sequence[int], threads: int) -> None:
+    """Raise UsageError for batch sizes and threads beyond `MOST`."""
+    for what, value in (("threads", threads), *(("batch", size) for size in batches)):
+        if not 1 <= value <= MOST[what]:
+            raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
 
 
 def _resized(inputs: Named, size: int) -> Named:
