@@ -56,6 +56,7 @@ PROGRAMS = {
     "Archive without autocompress": "run.py",
     "ExecuTorch": "run.py",
     "mlflow models serve": "run.py",
+    "Ray Serve": "run.py",
 }
 """By heading, the name of the page's program."""
 BATCHES = (1, 32)
@@ -204,6 +205,7 @@ def test_programs_import_what_their_section_says(heading):
         "Archive without autocompress": set(),
         "ExecuTorch": {"torch", "executorch"},
         "mlflow models serve": set(),
+        "Ray Serve": {"ray", "onnxruntime"},
     }
     assert modules - sys.stdlib_module_names - {"numpy"} == wanted[heading]
 
@@ -351,9 +353,9 @@ def installed(words):
     return folder
 
 
-def output_of(words, folder):
+def output_of(words, folder, **settings):
     """What a program prints; none of this environment's packages is seen by it."""
-    alone = {"PATH": "/usr/bin:/bin"}
+    alone = {"PATH": "/usr/bin:/bin", **settings}
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=RUN_S, env=alone, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -391,6 +393,15 @@ def test_mlflow_serves(exports, tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_serve(exports, tmp_path):
+    install, _ = lines("Ray Serve")
+    file = place(exports, "digits", "onnx", "Ray Serve", tmp_path)
+    file.write_text(file.read_text().replace("8000", str(free_port())))
+    check(output_of([python_of(install), file], tmp_path, RAY_USAGE_STATS_ENABLED="0"), exports, "digits")
 
 
 @pytest.mark.slow
