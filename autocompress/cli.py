@@ -1,17 +1,20 @@
 """The command line: parse, call, print.
 
-Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted, 143 an export that SIGTERM ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -528,9 +531,10 @@ def _export(options: argparse.Namespace) -> int:
     if options.pick is None and not (options.max_drop or options.max_size):
         choice = "knee"
     trial = pick(study.record, max_drop=options.max_drop, max_size=options.max_size, choice=choice)
-    manifest = study.point(trial).export(
-        options.out, format=options.format, effort=options.effort, register=options.register, alias=options.alias
-    )
+    with _tidy_when_terminated():
+        manifest = study.point(trial).export(
+            options.out, format=options.format, effort=options.effort, register=options.register, alias=options.alias
+        )
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
     if layers := manifest.get("layers"):
@@ -548,6 +552,33 @@ def _export(options: argparse.Namespace) -> int:
         uri = shlex.quote(found["tracking_uri"])
         print(f"MLFLOW_TRACKING_URI={uri} mlflow models serve -m {shlex.quote(found['uri'])} --env-manager local")
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM inside unwinds as Ctrl-C does, so that what was begun is removed, and ends with exit code 143.
+
+    Only where nobody else handles it, and on the main thread, which alone may.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: nothing stops the tidying
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        raise SystemExit(_fail("terminated", 128 + signal.SIGTERM)) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -40,8 +40,9 @@ from numpy.typing import NDArray
 from autocompress import api
 from autocompress.compress.artifact import load
 from autocompress.deploy import latency
-from autocompress.deploy.export import Named, Recorder, write_file
+from autocompress.deploy.export import write_file
 from autocompress.deploy.macs import macs
+from autocompress.deploy.recorder import Named, Recorder
 from autocompress.errors import AutocompressError, ExportError
 from autocompress.results import Point, pick
 from autocompress.tasks.batches import call_model, first_batch

@@ -25,7 +25,8 @@ from autocompress.codec.tensors import Coded
 from autocompress.compress.artifact import load, read
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy import slim, torch_export, verify
-from autocompress.deploy.export import Recorder, export, write_file
+from autocompress.deploy.export import export, write_file
+from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
 from autocompress.errors import ArtifactError, ExportError, UsageError
 from autocompress.plan import LayerPlan, Plan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -24,6 +23,15 @@ from autocompress.compress.artifact import load, read
 from autocompress.compress.ranges import attached
 from autocompress.deploy import verify
 from autocompress.deploy.calibration import training_inputs
+from autocompress.deploy.recorder import (
+    Named,
+    Recorder,
+    arrays_of,
+    call_module,
+    examples_of,
+    output_tensors,
+    structured,
+)
 from autocompress.errors import AutocompressError, ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
 from autocompress.tasks.wording import one_line, without_paths
@@ -43,8 +51,6 @@ FILES = {
 """The file that each format writes, beside manifest.json; mlflow wraps it in more."""
 QUANTIZED = frozenset({"onnx-int8", "executorch-int8"})
 """Formats with activations of 8 bits, which follow the artifact as well as their metric does."""
-
-Named = dict[str, NDArray[Any]]
 
 _BATCH = 256
 _SMALL_BATCHES = (1, 64)
@@ -100,108 +106,6 @@ def export(
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _publish(folder, Path(out))
     return manifest
-
-
-class Recorder(nn.Module):
-    """Passes calls on to `module`, with arguments by name if `keywords`.
-
-    Inputs are made contiguous, as they are stored: another layout may give a convolution's outputs other last bits.
-    Keeps by call their inputs in `folder` and their outputs in memory.
-    """
-
-    def __init__(self, module: nn.Module, folder: Path, *, keywords: bool = False) -> None:
-        super().__init__()
-        self.module, self.folder, self.model = module, folder, type(module).__name__
-        self.outputs: dict[str, Named] = {}
-        self.examples = 0
-        self.keywords = keywords
-        self.structure: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's outputs for the next batch of the test set."""
-        self.keywords = bool(kwargs)
-        inputs = _arrays(self.model, "input", self._by_name(args, kwargs))
-        self.structure = call_module(self.module, inputs, self.keywords)
-        self._keep(f"test-{len(self.outputs):06d}", inputs, self.structure)
-        self.examples += _examples(self.model, inputs)
-        return self.structure
-
-    def run(self, call: str, inputs: Named) -> None:
-        """Records one more call."""
-        self.structure = call_module(self.module, inputs, self.keywords)
-        self._keep(call, inputs, self.structure)
-
-    def first(self, count: int) -> Named:
-        """The inputs of the first `count` test examples (or examples of any calls), or of all if there are fewer."""
-        parts: list[Named] = []
-        for call in self.tests or self.outputs:
-            parts.append(verify.load_inputs(self.folder, call))
-            if sum(_examples(self.model, part) for part in parts) >= count:
-                break
-        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
-
-    def named(self, inputs: Any) -> Named:
-        """A batch's inputs by the names that they get in a file."""
-        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-        args = () if keywords else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-        return _arrays(self.model, "input", self._by_name(args, keywords))
-
-    @property
-    def tests(self) -> list[str]:
-        """The calls that make up the test set, in order."""
-        return [call for call in self.outputs if call.startswith("test-")]
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs in the order of the model's signature, by the names that they get in a file."""
-        if not kwargs:
-            return dict(zip(numbered("input", len(args)), args, strict=True))
-        declared = [name for name in inspect.signature(self.module.forward).parameters if name in kwargs]
-        return {name: kwargs[name] for name in (*declared, *(name for name in kwargs if name not in declared))}
-
-    def _keep(self, call: str, inputs: Named, outputs: Any) -> None:
-        self.outputs[call] = _arrays(self.model, "output", output_tensors(self.model, outputs))
-        verify.save_inputs(self.folder, call, inputs)
-
-
-def call_module(module: nn.Module, inputs: Named, keywords: bool) -> Any:
-    """The module's outputs for arrays."""
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    with torch.no_grad():
-        return module(**tensors) if keywords else module(*tensors.values())
-
-
-def output_tensors(model: str, outputs: Any) -> dict[str, Any]:
-    """A model's outputs by the names that they get in a file."""
-    if isinstance(outputs, torch.Tensor):
-        return {"output": outputs}
-    if isinstance(outputs, Mapping):
-        return dict(outputs)
-    if isinstance(outputs, tuple | list):
-        return dict(zip(numbered("output", len(outputs)), outputs, strict=True))
-    raise ExportError(f"{model} returns a {type(outputs).__name__}; allowed: a tensor, a tuple or a mapping of tensors")
-
-
-def numbered(word: str, count: int) -> list[str]:
-    """One name, or one with a number for each of several."""
-    return [word] if count == 1 else [f"{word}_{index}" for index in range(count)]
-
-
-def _arrays(model: str, what: str, tensors: Mapping[str, Any]) -> Named:
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise ExportError(f"{what} {name!r} of {model} is a {type(value).__name__}; only tensors can be exported")
-    try:
-        return {name: np.asarray(value.detach().cpu().numpy(), order="C") for name, value in tensors.items()}
-    except TypeError as error:
-        raise ExportError(f"an {what} of {model} has a dtype that cannot be exported: {error}") from error
-
-
-def _examples(model: str, inputs: Named) -> int:
-    """The batch size, which every input must have along its first axis."""
-    sizes = {name: array.shape[0] if array.ndim else 0 for name, array in inputs.items()}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ExportError(f"the inputs of {model} must all have the examples along their first axis, they have {sizes}")
-    return next(iter(sizes.values()))
 
 
 def write_file(
@@ -299,7 +203,7 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
 
     def run(inputs: Mapping[str, NDArray[Any]]) -> verify.Arrays:
         tensors = output_tensors(recorder.model, call_module(module, dict(inputs), recorder.keywords))
-        return list(_arrays(recorder.model, "output", tensors).values())
+        return list(arrays_of(recorder.model, "output", tensors).values())
 
     verify.run_calls(recorder.folder, run)
     return f"autocompress {__version__}, torch {torch.__version__}"
@@ -335,7 +239,7 @@ def _compared(
         raise ExportError(
             f"{file.name} has a test {metric_name(task)} of {metric:.6g}, the artifact has {expected:.6g}"
         )
-    sizes = {_examples(recorder.model, verify.load_inputs(recorder.folder, call)) for call in recorder.outputs}
+    sizes = {examples_of(recorder.model, verify.load_inputs(recorder.folder, call)) for call in recorder.outputs}
     return {
         "examples": recorder.examples,
         "batch_sizes": sorted(sizes),
@@ -351,15 +255,6 @@ def _in_parts(sizes: Sequence[int], batch: Mapping[str, Any]) -> list[int]:
     """The sizes of the calls that calls of these sizes became for a program of a largest or fixed batch."""
     most = int(batch.get("fixed") or batch["max"])
     return sorted({part for size in sizes for part in (min(size, most), size % most) if part})
-
-
-def structured(like: Any, tensors: list[torch.Tensor]) -> Any:
-    """`tensors` in the structure of the outputs `like`."""
-    if isinstance(like, torch.Tensor):
-        return tensors[0]
-    if isinstance(like, Mapping):
-        return dict(zip(like, tensors, strict=True))
-    return type(like)(*tensors) if hasattr(like, "_fields") else tuple(tensors)
 
 
 @contextlib.contextmanager
@@ -396,7 +291,7 @@ def _publish(folder: Path, out: Path) -> None:
                     os.replace(out / name, old / name)
             for name in names:
                 os.replace(folder / name, out / name)
-        except OSError:
+        except BaseException:  # a signal too
             for name in names:
                 if (old / name).exists():
                     os.replace(old / name, out / name)

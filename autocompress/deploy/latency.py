@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from autocompress.compress.artifact import load
-from autocompress.deploy.export import Named, Recorder, write_file
+from autocompress.deploy.export import write_file
 from autocompress.deploy.memory import peak_bytes
+from autocompress.deploy.recorder import Named, Recorder
 from autocompress.deploy.sessions import Session, session_of
 from autocompress.deploy.turns import TURN_SECONDS, TURNS, Call, in_turns
 from autocompress.deploy.verify import save_inputs

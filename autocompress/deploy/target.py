@@ -13,7 +13,8 @@ from torch import nn
 
 from autocompress.codec import container
 from autocompress.compress.artifact import load
-from autocompress.deploy.export import FILES, Recorder, export, write_file
+from autocompress.deploy.export import FILES, export, write_file
+from autocompress.deploy.recorder import Recorder
 from autocompress.errors import SpaceError, UsageError
 from autocompress.plan import FLOAT_BITS, LayerPlan, uncompressed
 from autocompress.tasks.batches import call_model, first_batch, to_device
