@@ -1,17 +1,20 @@
 """The command line: parse, call, print.
 
-Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted, 143 an export that SIGTERM ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -106,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     _data_option(get)
     text = "Write a plan of the front to a deployment."
     add("export", _export, text, _study_argument, _goal_options, _export_options)
-    add("bench", _bench, "Measure the front's latency in onnxruntime.", _study_argument, _bench_options)
+    text = "Measure latency and memory in onnxruntime: of a study's front, or of a file."
+    add("bench", _bench, text, _bench_options, _data_option)
     return parser
 
 
@@ -149,10 +153,17 @@ def _export_options(command: argparse.ArgumentParser) -> None:
 
 
 def _bench_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", metavar="T", help="onnx or onnx-int8 (the study's own, else onnx)")
-    command.add_argument("--batch", type=_whole, nargs="+", default=[1, 32], metavar="B", help="batch sizes (1 32)")
+    known = "a .onnx file, an archive (with --task), else a study (default: the latest); a file of that name wins"
+    command.add_argument("study", metavar="STUDY|FILE", nargs="?", help=known)
+    known = "onnx or onnx-int8, of a study or an archive (the study's own, else onnx)"
+    command.add_argument("--target", metavar="T", help=known)
+    command.add_argument("--batch", type=_whole, nargs="+", metavar="B", help="batch sizes (1 32)")
     command.add_argument("--threads", type=_whole, default=1, metavar="T", help="threads of the runtime (1)")
-    command.add_argument("--json", action="store_true", help="print the front with latencies as JSON")
+    command.add_argument("--task", metavar="TASK", help="the task of an archive, as for search")
+    command.add_argument("--baseline", metavar="FILE", help="an ONNX file to time in turns with an ONNX file")
+    known = "how long a free axis of an ONNX file's inputs is, beside the batch"
+    command.add_argument("--dim", type=_length, action="append", default=[], metavar="NAME=N", help=known)
+    command.add_argument("--json", action="store_true", help="print the front with latencies, or the file's, as JSON")
 
 
 def _prune_rank_options(command: argparse.ArgumentParser) -> None:
@@ -208,6 +219,13 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _length(text: str) -> tuple[str, int]:
+    name, _, length = text.rpartition("=")
+    if not name or not length.isdecimal() or not int(length):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=N")
+    return name, int(length)
 
 
 def _number(text: str) -> float:
@@ -526,9 +544,10 @@ def _export(options: argparse.Namespace) -> int:
     if options.pick is None and not any(limits.values()):
         choice = "knee"
     trial = pick(study.record, choice=choice, **limits)
-    manifest = study.point(trial).export(
-        options.out, format=options.format, effort=options.effort, register=options.register, alias=options.alias
-    )
+    with _tidy_when_terminated():
+        manifest = study.point(trial).export(
+            options.out, format=options.format, effort=options.effort, register=options.register, alias=options.alias
+        )
     print(f"exported  {report.trial_summary(study.record, trial)}")
     out = Path(options.out)
     if layers := manifest.get("layers"):
@@ -537,6 +556,11 @@ def _export(options: argparse.Namespace) -> int:
     if cut := manifest.get("cut", {}).get("dead_units"):
         macs = f"{report.human_count(manifest['cut']['macs_before'])} -> {report.human_count(manifest['cut']['macs'])}"
         print(f"cut       {cut} of {manifest['cut']['units']} units are dead and are left out: {macs} MACs")
+    if timed := manifest["verification"].get("latency"):
+        print(
+            f"time      {1e3 * timed['seconds']:.3g} ms a call of one example on one thread of this machine, "
+            f"{timed['ratio']:.2f}x of the float32 model's"
+        )
     print(
         f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
         f"artifact on the test set; {out / 'manifest.json'} says how"
@@ -548,12 +572,46 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _tidy_when_terminated() -> Iterator[None]:
+    """SIGTERM inside unwinds as Ctrl-C does, so that what was begun is removed, and ends with exit code 143.
+
+    Only where nobody else handles it, and on the main thread, which alone may.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: nothing stops the tidying
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        raise SystemExit(_fail("terminated", 128 + signal.SIGTERM)) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _bench(options: argparse.Namespace) -> int:
     from autocompress import api, report
 
-    if len(set(options.batch)) < len(options.batch):
+    if options.batch and len(set(options.batch)) < len(options.batch):
         return _fail(f"--batch is {' '.join(map(str, options.batch))}, allowed: each size once", 2)
-    timed = {"target": options.target, "batches": options.batch, "threads": options.threads}
+    if options.study and Path(options.study).is_file():
+        return _bench_file(options)
+    if options.study and Path(options.study).suffix in (".onnx", ".acz"):
+        raise UsageError(f"file {options.study!r} does not exist")
+    for what in ("task", "baseline", "dim", "data_dir"):
+        if getattr(options, what):
+            raise UsageError(f"--{what.replace('_', '-')} is for a file; a study knows its own")
+    timed = {"target": options.target, "batches": options.batch or (1, 32), "threads": options.threads}
     study = api.bench(options.study, dir=options.dir, **timed)
     if options.json:
         print(json.dumps(study.record.to_front_json(), indent=1))
@@ -561,9 +619,36 @@ def _bench(options: argparse.Namespace) -> int:
     console = _console()
     console.print(report.latency_table(study.record))
     print(
-        "ms of a call, warm, half the distance of its quartiles, and how many times the float32 model's export takes;"
+        "ms of a call, warm, half the distance of its quartiles, and how many times the float32 model's export takes;\n"
+        "memory: what loading the file and one call add to the peak of a fresh process;"
     )
     print(f"in the study's record; in MLflow with: autocompress sync {study.name}")
+    return 0
+
+
+def _bench_file(options: argparse.Namespace) -> int:
+    from autocompress import file_bench
+
+    found = file_bench.bench_file(
+        options.study,
+        task=options.task,
+        baseline=options.baseline,
+        target=options.target,
+        batches=options.batch,
+        threads=options.threads,
+        lengths=dict(options.dim),
+        data_dir=options.data_dir,
+    )
+    if options.json:
+        print(json.dumps(found.to_json(), indent=1))
+        return 0
+    console = _console()
+    console.print(file_bench.bench_summary(found), highlight=False, markup=False, soft_wrap=True)
+    console.print(file_bench.bench_table(found))
+    print("ms of a call, warm, and half the distance of its quartiles;")
+    print("memory: what loading the file and one call add to the peak of a fresh process")
+    if found.baseline:
+        print(f"its: of {found.baseline}, in turns; ratio: how many times its time a call takes")
     return 0
 
 

@@ -26,7 +26,9 @@ class Latency:
     """The time of a call in a target's runtime: seconds, the median and the quartiles on either side.
 
     `baseline` is the median of the float32 model's export in the same run, `ratio` the median of the ratios to it in
-    each round of turns, `size_bytes` the file's length.
+    each round of turns, `size_bytes` the file's length. `memory_bytes` is what loading it and one call add to the peak
+    memory of a process, of the float32 file `baseline_memory_bytes`; `macs` of an example without dead units. These
+    are None where they are not known.
     """
 
     target: str
@@ -38,6 +40,9 @@ class Latency:
     baseline: float
     ratio: float
     size_bytes: int
+    memory_bytes: int | None = None
+    baseline_memory_bytes: int | None = None
+    macs: int | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:

@@ -251,14 +251,16 @@ def latency_table(record: StudyRecord) -> Table:
         by_key = {latency.key: latency for latency in trial.latencies}
         cells = [_latency_text(by_key[key]) if key in by_key else "-" for key in keys]
         start = str(trial.number), human_bytes(trial.best.size_bytes), metric_text(trial.best.metric_val)
-        table.add_row(*start, human_count(trial.best.macs), *cells)
+        macs = next((one.macs for one in trial.latencies if one.macs is not None), trial.best.macs)
+        table.add_row(*start, human_count(macs), *cells)
     return table
 
 
 def _latency_text(latency: Latency) -> str:
     spread = 100 * (latency.high - latency.low) / 2 / latency.median
     size = human_bytes(latency.size_bytes)
-    return f"{size}  {1e3 * latency.median:.3g} ms +- {spread:.0f} %  {latency.ratio:.2f}x"
+    memory = "" if latency.memory_bytes is None else f"  {human_bytes(latency.memory_bytes)} memory"
+    return f"{size}  {1e3 * latency.median:.3g} ms +- {spread:.0f} %  {latency.ratio:.2f}x{memory}"
 
 
 def _counts(record: StudyRecord) -> str:

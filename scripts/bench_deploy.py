@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,9 @@ from numpy.typing import NDArray
 from autocompress import api
 from autocompress.compress.artifact import load
 from autocompress.deploy import latency
-from autocompress.deploy.export import Named, Recorder, write_file
+from autocompress.deploy.files import write_file
+from autocompress.deploy.macs import macs
+from autocompress.deploy.recorder import Named, Recorder
 from autocompress.errors import AutocompressError, ExportError
 from autocompress.results import Point, pick
 from autocompress.tasks.batches import call_model, first_batch
@@ -117,36 +118,6 @@ class Slim:
 
 
 # ---------------------------------------------------------------------- counting
-
-
-def macs(model: onnx.ModelProto) -> int:
-    """The multiply-accumulates of one example in the graph's Conv, Gemm and MatMul nodes.
-
-    The first axis of each input counts one example. Raises ExportError where a shape cannot be inferred.
-    """
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.shape.dim:
-            value.type.tensor_type.shape.dim[0].dim_value = 1
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if all(dim.HasField("dim_value") for dim in dims):
-            shapes[value.name] = tuple(dim.dim_value for dim in dims)
-    return sum(_macs_of(node, shapes) for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"})
-
-
-def _macs_of(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    names = (*node.input[:2], node.output[0])
-    unknown = [name for name in names if name not in shapes]
-    if unknown:
-        raise ExportError(f"the shape of {unknown[0]!r}, at a {node.op_type}, cannot be inferred")
-    left, right, result = (shapes[name] for name in names)
-    if node.op_type == "Conv":
-        return math.prod(result) * math.prod(right[1:])
-    flipped = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-    return math.prod(result) * (left[0] if flipped else left[-1])
 
 
 def zeros(model: torch.nn.Module) -> float:

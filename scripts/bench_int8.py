@@ -30,8 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autocompress.deploy.export import FILES, Recorder, export, write_file
+from autocompress.deploy.export import export
+from autocompress.deploy.files import FILES, write_file
 from autocompress.deploy.int8 import EXAMPLES
+from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
 from autocompress.deploy.turns import in_turns
 from autocompress.plan import LayerPlan, Plan

@@ -100,6 +100,22 @@ def test_a_file_imports_only_from_its_own_level_or_below():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_two_files_of_deploy_need_each_other():
+    """Not at the top nor inside functions, nor in a ring of several."""
+    files = {f"autocompress.deploy.{path.stem}": path for path in FILES if part_of(path) == "deploy"}
+    needs = {name: {used for full in names(path) for used in (full, full.rpartition(".")[0]) if used in files}
+             for name, path in files.items()}  # fmt: skip
+    assert "autocompress.deploy.recorder" in needs["autocompress.deploy.export"]
+
+    def reached(name, seen):
+        for used in needs[name] - seen:
+            seen.add(used)
+            reached(used, seen)
+        return seen
+
+    assert [name for name in files if name in reached(name, set())] == []
+
+
 def test_the_packages_own_name_is_used_for_its_version_alone():
     """`import autocompress` would let any file reach any other through the lazy names."""
     wrong = []

@@ -25,7 +25,9 @@ from autocompress.codec.tensors import Coded
 from autocompress.compress.artifact import load, read
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy import slim, torch_export, verify
-from autocompress.deploy.export import Recorder, export, write_file
+from autocompress.deploy.export import export
+from autocompress.deploy.files import write_file
+from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
 from autocompress.errors import ArtifactError, ExportError, UsageError
 from autocompress.plan import LayerPlan, Plan
@@ -352,6 +354,9 @@ def test_manifest_tells_the_truth(smoke):
     }
     assert manifest["recorded"] == FACTS
     assert manifest["float32_model_bytes"] == 123456
+    timed = manifest["verification"]["latency"]
+    assert timed["ratio"] == pytest.approx(timed["seconds"] / timed["float32_seconds"], rel=0.5)
+    assert 0 < timed["quartiles"][0] <= timed["seconds"] <= timed["quartiles"][1] < 0.1
     cut = manifest["cut"]
     weights = sum(p.numel() for p in task.model.parameters()) - cut["dead_units"]  # a bias each
     weights -= sum(math.prod(before) - math.prod(after) for before, after in cut["layers"].values())

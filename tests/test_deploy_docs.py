@@ -21,7 +21,7 @@ import tomllib
 import urllib.request
 import zipfile
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,11 @@ from torch import nn
 
 from autocompress import cli
 from autocompress.compress.artifact import load
-from autocompress.deploy import verify
-from autocompress.deploy.export import FILES, export
+from autocompress.deploy import bench_file, verify
+from autocompress.deploy.export import export
+from autocompress.deploy.files import FILES
 from autocompress.plan import LayerPlan
+from autocompress.report import human_count
 from autocompress.tasks import nets
 from autocompress.tasks.folders import cache_root
 from autocompress.tasks.resnet import Residual
@@ -55,6 +57,7 @@ PROGRAMS = {
     "Archive without autocompress": "run.py",
     "ExecuTorch": "run.py",
     "mlflow models serve": "run.py",
+    "Ray Serve": "run.py",
 }
 """By heading, the name of the page's program."""
 BATCHES = (1, 32)
@@ -203,6 +206,7 @@ def test_programs_import_what_their_section_says(heading):
         "Archive without autocompress": set(),
         "ExecuTorch": {"torch", "executorch"},
         "mlflow models serve": set(),
+        "Ray Serve": {"ray", "onnxruntime"},
     }
     assert modules - sys.stdlib_module_names - {"numpy"} == wanted[heading]
 
@@ -227,6 +231,17 @@ def printed(monkeypatch, capsys):
 def test_onnxruntime(name, exports, printed, tmp_path):
     file = place(exports, name, "onnx", "onnxruntime in Python", tmp_path)
     check(printed(file), exports, name)
+
+
+def test_a_file_is_measured(exports, tmp_path, monkeypatch, capsys):
+    (words,) = lines("Which file is how large")
+    shutil.copytree(exports.folder("digits", "onnx"), tmp_path / "deploy")
+    shutil.copyfile(exports.folder("residual", "onnx") / "model.onnx", tmp_path / "other.onnx")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_file, "bench_onnx", partial(bench_file.bench_onnx, turns=2, seconds=0.0))
+    assert cli.main(words[1:]) == 0
+    manifest = json.loads((tmp_path / "deploy" / "manifest.json").read_text())
+    assert f"{human_count(manifest['cut']['macs'])} MACs an example" in capsys.readouterr().out
 
 
 def test_onnxruntime_in_8_bits(exports, printed, tmp_path):
@@ -339,9 +354,9 @@ def installed(words):
     return folder
 
 
-def output_of(words, folder):
+def output_of(words, folder, **settings):
     """What a program prints; none of this environment's packages is seen by it."""
-    alone = {"PATH": "/usr/bin:/bin"}
+    alone = {"PATH": "/usr/bin:/bin", **settings}
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=RUN_S, env=alone, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -379,6 +394,15 @@ def test_mlflow_serves(exports, tmp_path):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_serve(exports, tmp_path):
+    install, _ = lines("Ray Serve")
+    file = place(exports, "digits", "onnx", "Ray Serve", tmp_path)
+    file.write_text(file.read_text().replace("8000", str(free_port())))
+    check(output_of([python_of(install), file], tmp_path, RAY_USAGE_STATS_ENABLED="0"), exports, "digits")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from test_deploy import FACTS, SMALL, ConvNet, Pairs, TwoInputs, compressed, make_task, mlp, smoke  # noqa: F401
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from autocompress.compress.artifact import load
 from autocompress.deploy import executorch, verify
@@ -45,6 +47,31 @@ def test_a_missing_package_is_one_line_that_names_the_extra(smoke, tmp_path, mon
         export(smoke[1], smoke[0], fmt, tmp_path / "out", FACTS)
     assert str(caught.value) == f"format {fmt} needs the package executorch: pip install 'autocompress[executorch]'"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("cause", "fixed"), [(ConstraintViolationError("batch"), True), (OSError("full"), False)])
+def test_only_a_batch_that_the_code_fixes_gives_a_program_for_one_example(cause, fixed, monkeypatch, tmp_path):
+    tried = []
+
+    def program(module, inputs, keywords, largest, calibration):
+        tried.append(largest)
+        if largest == 1:
+            return b"program"
+        try:
+            raise RuntimeError("constraints") from cause
+        except RuntimeError as error:
+            raise ExportError("cannot be lowered") from error
+
+    monkeypatch.setattr(executorch, "require", lambda fmt: None)
+    monkeypatch.setattr(executorch, "_program", program)
+    call = partial(executorch.write, "executorch", nn.Linear(2, 2), {}, False, tmp_path / "model.pte")
+    if fixed:
+        assert call() == {"batch": {"fixed": 1, "because": "cannot be lowered"}}
+        assert (tmp_path / "model.pte").read_bytes() == b"program"
+    else:
+        with pytest.raises(ExportError, match="cannot be lowered"):
+            call()
+    assert tried == [executorch.MAX_BATCH, 1][: 1 + fixed]
 
 
 def numbered_task(count, **more):

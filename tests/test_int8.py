@@ -17,9 +17,10 @@ from torch import nn
 from autocompress.compress.ranges import Grid, attach
 from autocompress.deploy import int8, int8_calibrate, int8_weights, verify
 from autocompress.deploy import onnx as deploy_onnx
-from autocompress.deploy.export import Recorder, export
+from autocompress.deploy.export import export
 from autocompress.deploy.int8_choose import Group, chosen
 from autocompress.deploy.int8_layers import own_ranges
+from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
 from autocompress.errors import ExportError
 from autocompress.plan import LayerPlan

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autocompress.deploy import int8
-from autocompress.deploy.export import Recorder
+from autocompress.deploy.recorder import Recorder
 from autocompress.tasks.task import Task
 
 

@@ -73,6 +73,8 @@ def test_an_artifact_of_dead_units_is_faster_than_float32(wide, tmp_path):
         assert each.ratio < 0.6
         assert each.ratio == pytest.approx(each.median / each.baseline, rel=0.5)
         assert 1000 < each.size_bytes < 4 * 256 * 2048
+        assert each.baseline_memory_bytes > each.memory_bytes + 1e6
+        assert each.macs == 256 * 40 + 40 * 256 + 256 * 4
     (short,) = latency.measure(wide, {7: path}, target="onnx-int8", batches=(1,), turns=6, seconds=0.004)[7]
     assert (short.target, short.batch) == ("onnx-int8", 1)
     assert short.size_bytes < 0.8 * one.size_bytes
@@ -90,14 +92,18 @@ def test_bench_writes_the_record_which_mlflow_and_the_terminal_read(tmp_path, lo
         api.bench("none", dir=folder)
     api.search(f"{write_task(tmp_path)}:task", trials=2, workers=1, name="timed", dir=folder, finetune_epochs=0.5)
     monkeypatch.setattr(latency, "measure", partial(latency.measure, turns=2, seconds=0.001))
+    monkeypatch.setattr(latency, "peak_bytes", lambda file, *_: 4_000_000 + ("float32" in file.name))
     capsys.readouterr()
     assert cli.main(["bench", "timed", "--dir", str(folder), "--batch", "2"]) == 0
-    assert "onnx, batch 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "onnx, batch 2" in said
+    assert "4.00 MB memory" in said
     record = api.open_study("timed", dir=folder).record
     for trial, point in zip(record.front, record.to_front_json()["front"], strict=True):
         (told,) = trial.latencies
         assert json.loads(json.dumps(point["latencies"])) == [told.to_json()]
-        assert told.batch == 2
+        assert (told.batch, told.memory_bytes, told.baseline_memory_bytes) == (2, 4_000_000, 4_000_001)
+        assert 0 < told.macs <= trial.best.macs
         names = {p.key: p.value for p in runs.trial_points(record, trial)}
         assert names["latency_onnx_batch_2_ms"] == pytest.approx(1e3 * told.median)
         assert names["latency_onnx_batch_2_over_float32"] == told.ratio
@@ -111,6 +117,7 @@ def test_bench_keeps_the_latencies_of_each_target(tmp_path, local, one_thread, m
     folder = tmp_path / "runs"
     api.search(f"{write_task(tmp_path)}:task", trials=2, workers=1, name="timed", dir=folder, finetune_epochs=0.5)
     monkeypatch.setattr(latency, "measure", partial(latency.measure, turns=2, seconds=0.001))
+    monkeypatch.setattr(latency, "peak_bytes", lambda file, *_: 4_000_000 + ("float32" in file.name))
     for more in ([], ["--target", "onnx-int8"]):
         assert cli.main(["bench", "timed", "--dir", str(folder), "--batch", "2", *more]) == 0
     told = api.open_study("timed", dir=folder).record.front[0].latencies
@@ -135,7 +142,7 @@ def test_the_table_has_a_dash_where_nothing_was_measured(tmp_path, local, one_th
         f"{path}:task", trials=4, workers=1, name="some", dir=tmp_path / "r", finetune_epochs=0.5
     ).record
     first, *_ = record.front
-    other = replace(ONE, batch=8, threads=2)
+    other = replace(ONE, batch=8, threads=2, memory_bytes=2_500_000, macs=12_300_000)
     trials = [
         replace(trial, latencies=(ONE, other) if trial.number == first.number else (ONE,)) for trial in record.trials
     ]
@@ -144,4 +151,6 @@ def test_the_table_has_a_dash_where_nothing_was_measured(tmp_path, local, one_th
     text = console.export_text()
     assert "onnx, batch 8, 2 threads" in text
     assert "1.23 KB  2 ms +- 8 %  0.50x" in text
+    assert "0.50x  2.50 MB memory" in text
+    assert "12.3 M" in text
     assert (" - " in text) == (len(record.front) > 1)

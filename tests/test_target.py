@@ -70,9 +70,7 @@ def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, m
 
 def test_a_call_is_timed_beside_the_float32_model(tmp_path):
     torch.manual_seed(0)
-    wide = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 1500), nn.ReLU(), nn.Linear(1500, 1500), nn.ReLU(), nn.Linear(1500, 5)
-    )
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 5))
     task = make_task(wide.eval(), (torch.randn(40, 1, 8, 8),))
     bench = Workbench(task)
     layers = {spec.name: LayerPlan() for spec in bench.layers}
@@ -80,10 +78,10 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path):
     made = prepared("archive", Timing(1), bench)
     assert made.baseline_bytes == 0
     assert 1e-5 < made.timing.baseline < 1
-    (outcome,) = run_trial(bench, short, Budget((0.0,)), deployed=pickle.loads(pickle.dumps(made)))
+    (outcome,) = run_trial(bench, short, Budget((0.0,)), effort="fast", deployed=pickle.loads(pickle.dumps(made)))
     assert outcome.measurement.size_bytes == len(outcome.artifact)
     assert outcome.measurement.latency < 0.7
-    (whole,) = run_trial(bench, uncompressed(bench.layers), Budget((0.0,)), deployed=made)
+    (whole,) = run_trial(bench, uncompressed(bench.layers), Budget((0.0,)), effort="fast", deployed=made)
     assert whole.measurement.latency == 1.0
     path = tmp_path / "a.acz"
     path.write_bytes(outcome.artifact)
@@ -91,7 +89,6 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path):
     assert metrics == {7: pytest.approx(evaluate(task, load(path), "test"))}
     assert latencies[7][0].key == ("onnx", 1, 1)
     assert latencies[7][0].ratio < 0.7
-    assert prepared("onnx", Timing(1, limit="1s"), bench).timing.most > 100
 
 
 def test_a_trial_measures_it_at_each_rung():

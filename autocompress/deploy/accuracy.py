@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from autocompress.deploy.export import Recorder, structured
+from autocompress.deploy.recorder import Recorder, structured
 from autocompress.deploy.verify import Runner
 from autocompress.tasks.batches import batches, finite_metric, join
 

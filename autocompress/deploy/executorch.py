@@ -46,10 +46,21 @@ def write(
     try:
         program = _program(module, inputs, keywords, MAX_BATCH, held)
     except ExportError as error:
+        if not _fixes_its_batch(error):
+            raise
         batch = {"fixed": 1, "because": without_paths(str(error))}
         program = _program(module, inputs, keywords, 1, held)
     path.write_bytes(program)
     return {"batch": batch}
+
+
+def _fixes_its_batch(error: BaseException | None) -> bool:
+    """Whether torch raised it, or what it followed from, for code that fixes a size that should be free."""
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    while error is not None and not isinstance(error, ConstraintViolationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def require(fmt: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -17,35 +16,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from autocompress.codec import container
-from autocompress.compress.artifact import load, read
+from autocompress.compress.artifact import load
 from autocompress.compress.ranges import attached
-from autocompress.deploy import verify
-from autocompress.deploy.calibration import training_inputs
-from autocompress.errors import AutocompressError, ExportError, UsageError
+from autocompress.deploy import latency, verify
+from autocompress.deploy.files import FILES, QUANTIZED, write_file
+from autocompress.deploy.recorder import (
+    Recorder,
+    arrays_of,
+    call_module,
+    examples_of,
+    output_tensors,
+    structured,
+)
+from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
-from autocompress.tasks.wording import one_line, without_paths
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-FILES = {
-    "archive": "model.acz",
-    "onnx": "model.onnx",
-    "onnx-int8": "model.int8.onnx",
-    "torch": "model.pt2",
-    "executorch": "model.pte",
-    "executorch-int8": "model.int8.pte",
-    "mlflow": "model.onnx",
-}
-"""The file that each format writes, beside manifest.json; mlflow wraps it in more."""
-QUANTIZED = frozenset({"onnx-int8", "executorch-int8"})
-"""Formats with activations of 8 bits, which follow the artifact as well as their metric does."""
-
-Named = dict[str, NDArray[Any]]
-
+_TIMED = ("onnx", "onnx-int8", "mlflow")
+_TURNS, _MOST_SECONDS = 15, 10.0
 _BATCH = 256
 _SMALL_BATCHES = (1, 64)
 
@@ -80,6 +72,8 @@ def export(
         checks = _compared(task, recorder, expected, targets, file, quantized=fmt in QUANTIZED)
         if "batch" in details:
             checks["batch_sizes"] = _in_parts(checks["batch_sizes"], details["batch"])
+        if fmt in _TIMED:
+            checks["latency"] = _latency(task, fmt, file, Path(calls))
         manifest = {
             "format": fmt,
             "file": file.name,
@@ -102,189 +96,6 @@ def export(
     return manifest
 
 
-class Recorder(nn.Module):
-    """Passes calls on to `module`, with arguments by name if `keywords`.
-
-    Inputs are made contiguous, as they are stored: another layout may give a convolution's outputs other last bits.
-    Keeps by call their inputs in `folder` and their outputs in memory.
-    """
-
-    def __init__(self, module: nn.Module, folder: Path, *, keywords: bool = False) -> None:
-        super().__init__()
-        self.module, self.folder, self.model = module, folder, type(module).__name__
-        self.outputs: dict[str, Named] = {}
-        self.examples = 0
-        self.keywords = keywords
-        self.structure: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's outputs for the next batch of the test set."""
-        self.keywords = bool(kwargs)
-        inputs = _arrays(self.model, "input", self._by_name(args, kwargs))
-        self.structure = call_module(self.module, inputs, self.keywords)
-        self._keep(f"test-{len(self.outputs):06d}", inputs, self.structure)
-        self.examples += _examples(self.model, inputs)
-        return self.structure
-
-    def run(self, call: str, inputs: Named) -> None:
-        """Records one more call."""
-        self.structure = call_module(self.module, inputs, self.keywords)
-        self._keep(call, inputs, self.structure)
-
-    def first(self, count: int) -> Named:
-        """The inputs of the first `count` test examples (or examples of any calls), or of all if there are fewer."""
-        parts: list[Named] = []
-        for call in self.tests or self.outputs:
-            parts.append(verify.load_inputs(self.folder, call))
-            if sum(_examples(self.model, part) for part in parts) >= count:
-                break
-        return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
-
-    def named(self, inputs: Any) -> Named:
-        """A batch's inputs by the names that they get in a file."""
-        keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-        args = () if keywords else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-        return _arrays(self.model, "input", self._by_name(args, keywords))
-
-    @property
-    def tests(self) -> list[str]:
-        """The calls that make up the test set, in order."""
-        return [call for call in self.outputs if call.startswith("test-")]
-
-    def _by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs in the order of the model's signature, by the names that they get in a file."""
-        if not kwargs:
-            return dict(zip(numbered("input", len(args)), args, strict=True))
-        declared = [name for name in inspect.signature(self.module.forward).parameters if name in kwargs]
-        return {name: kwargs[name] for name in (*declared, *(name for name in kwargs if name not in declared))}
-
-    def _keep(self, call: str, inputs: Named, outputs: Any) -> None:
-        self.outputs[call] = _arrays(self.model, "output", output_tensors(self.model, outputs))
-        verify.save_inputs(self.folder, call, inputs)
-
-
-def call_module(module: nn.Module, inputs: Named, keywords: bool) -> Any:
-    """The module's outputs for arrays."""
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    with torch.no_grad():
-        return module(**tensors) if keywords else module(*tensors.values())
-
-
-def output_tensors(model: str, outputs: Any) -> dict[str, Any]:
-    """A model's outputs by the names that they get in a file."""
-    if isinstance(outputs, torch.Tensor):
-        return {"output": outputs}
-    if isinstance(outputs, Mapping):
-        return dict(outputs)
-    if isinstance(outputs, tuple | list):
-        return dict(zip(numbered("output", len(outputs)), outputs, strict=True))
-    raise ExportError(f"{model} returns a {type(outputs).__name__}; allowed: a tensor, a tuple or a mapping of tensors")
-
-
-def numbered(word: str, count: int) -> list[str]:
-    """One name, or one with a number for each of several."""
-    return [word] if count == 1 else [f"{word}_{index}" for index in range(count)]
-
-
-def _arrays(model: str, what: str, tensors: Mapping[str, Any]) -> Named:
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise ExportError(f"{what} {name!r} of {model} is a {type(value).__name__}; only tensors can be exported")
-    try:
-        return {name: np.asarray(value.detach().cpu().numpy(), order="C") for name, value in tensors.items()}
-    except TypeError as error:
-        raise ExportError(f"an {what} of {model} has a dtype that cannot be exported: {error}") from error
-
-
-def _examples(model: str, inputs: Named) -> int:
-    """The batch size, which every input must have along its first axis."""
-    sizes = {name: array.shape[0] if array.ndim else 0 for name, array in inputs.items()}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ExportError(f"the inputs of {model} must all have the examples along their first axis, they have {sizes}")
-    return next(iter(sizes.values()))
-
-
-def write_file(
-    fmt: str,
-    artifact: Path,
-    recorder: Recorder,
-    file: Path,
-    effort: str | None = None,
-    *,
-    slim: bool = True,
-    task: Task | None = None,
-) -> dict[str, Any]:
-    """Write the file, from the recorder's module or as the artifact says; what a manifest says of it.
-
-    Without dead units unless `slim` is false. `task` gives the formats of `QUANTIZED` their calibration data.
-    Raises ExportError.
-    """
-    if fmt in QUANTIZED and task is None:
-        raise ExportError(f"format {fmt} needs a task, whose training data show ranges")
-    example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
-    inputs = {name: torch.from_numpy(array) for name, array in example.items()}
-    names = list(output_tensors(recorder.model, recorder.structure))
-    cut: dict[str, Any] = {}
-    module: nn.Module = recorder.module
-    if fmt != "archive" and slim:
-        module, cut = _slim(recorder, inputs)
-    if fmt in ("onnx", "mlflow"):
-        from autocompress.deploy import onnx
-
-        details = onnx.write(module, inputs, recorder.keywords, names, file) | cut
-        if fmt == "mlflow":
-            from autocompress.tracking import register
-
-            details["files"] = register.write_model(file, details["inputs"], details["outputs"])
-        return details
-    if fmt == "onnx-int8" and task is not None:
-        from autocompress.deploy import int8
-
-        try:
-            return int8.write(module, inputs, names, file, recorder=recorder, task=task) | cut
-        except AutocompressError:
-            raise
-        except Exception as error:  # a graph that is like none before
-            because = without_paths(one_line(error))
-            raise ExportError(f"{recorder.model} cannot be exported to ONNX in 8 bits: {because}") from error
-    if fmt == "torch":
-        from autocompress.deploy import torch_export
-
-        torch_export.write(module, inputs, recorder.keywords, file)
-    elif fmt.startswith("executorch"):
-        from autocompress.deploy import executorch
-
-        calibration = training_inputs(task, list(example)) if fmt in QUANTIZED and task is not None else ()
-        cut |= executorch.write(fmt, module, inputs, recorder.keywords, file, calibration=calibration)
-    elif effort is None:
-        shutil.copyfile(artifact, file)
-    else:
-        file.write_bytes(container.pack(read(artifact), effort))
-    found = next(iter(recorder.outputs.values()))
-    batch = cut.get("batch", {}).get("fixed", "batch")
-    return {"inputs": _described(example, batch), "outputs": _described(found, batch)} | cut
-
-
-def _slim(recorder: Recorder, inputs: Mapping[str, torch.Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-    """The module without dead units and what the manifest says of it; as it is where that cannot be done."""
-    from autocompress.deploy.slim import slimmed
-
-    try:
-        module, cut = slimmed(recorder.module, inputs, recorder.keywords)
-    except ExportError as error:
-        return recorder.module, {"cut": {"dead_units": 0, "because": without_paths(str(error))}}
-    except Exception as error:  # a graph of torch.export that is like none before: nothing has to be cut
-        because = f"its graph is not understood: {without_paths(one_line(error))}"
-        return recorder.module, {"cut": {"dead_units": 0, "because": because}}
-    return module if cut.units else recorder.module, {"cut": cut.to_json()}
-
-
-def _described(arrays: Named, batch: str | int) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "shape": [batch, *array.shape[1:]], "dtype": str(array.dtype)} for name, array in arrays.items()
-    ]
-
-
 def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
     """Runs the recorded calls through the written file; the runtime and its version."""
     if fmt == "mlflow":
@@ -299,10 +110,25 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
 
     def run(inputs: Mapping[str, NDArray[Any]]) -> verify.Arrays:
         tensors = output_tensors(recorder.model, call_module(module, dict(inputs), recorder.keywords))
-        return list(_arrays(recorder.model, "output", tensors).values())
+        return list(arrays_of(recorder.model, "output", tensors).values())
 
     verify.run_calls(recorder.folder, run)
     return f"autocompress {__version__}, torch {torch.__version__}"
+
+
+def _latency(task: Task, fmt: str, file: Path, folder: Path) -> dict[str, Any]:
+    """What the manifest says of a call of one example in onnxruntime, beside the float32 model's export."""
+    base = latency.float32(task, task.test, folder, [1])
+    way = "onnx" if fmt == "mlflow" else fmt
+    ((found,),) = latency.in_files(base, {0: file}, way, 1, turns=_TURNS, most=_MOST_SECONDS).values()
+    return {
+        "batch": found.batch,
+        "threads": found.threads,
+        "seconds": found.median,
+        "quartiles": [found.low, found.high],
+        "float32_seconds": found.baseline,
+        "ratio": found.ratio,
+    }
 
 
 def _compared(
@@ -335,7 +161,7 @@ def _compared(
         raise ExportError(
             f"{file.name} has a test {metric_name(task)} of {metric:.6g}, the artifact has {expected:.6g}"
         )
-    sizes = {_examples(recorder.model, verify.load_inputs(recorder.folder, call)) for call in recorder.outputs}
+    sizes = {examples_of(recorder.model, verify.load_inputs(recorder.folder, call)) for call in recorder.outputs}
     return {
         "examples": recorder.examples,
         "batch_sizes": sorted(sizes),
@@ -351,15 +177,6 @@ def _in_parts(sizes: Sequence[int], batch: Mapping[str, Any]) -> list[int]:
     """The sizes of the calls that calls of these sizes became for a program of a largest or fixed batch."""
     most = int(batch.get("fixed") or batch["max"])
     return sorted({part for size in sizes for part in (min(size, most), size % most) if part})
-
-
-def structured(like: Any, tensors: list[torch.Tensor]) -> Any:
-    """`tensors` in the structure of the outputs `like`."""
-    if isinstance(like, torch.Tensor):
-        return tensors[0]
-    if isinstance(like, Mapping):
-        return dict(zip(like, tensors, strict=True))
-    return type(like)(*tensors) if hasattr(like, "_fields") else tuple(tensors)
 
 
 @contextlib.contextmanager
@@ -396,7 +213,7 @@ def _publish(folder: Path, out: Path) -> None:
                     os.replace(out / name, old / name)
             for name in names:
                 os.replace(folder / name, out / name)
-        except OSError:
+        except BaseException:  # a signal too
             for name in names:
                 if (old / name).exists():
                     os.replace(old / name, out / name)

@@ -29,6 +29,7 @@ from autocompress.deploy.int8_choose import Group, Plan, chosen
 from autocompress.deploy.int8_graph import int8_graph
 from autocompress.deploy.int8_layers import Layer, layers_of, names_of, own_ranges
 from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
+from autocompress.deploy.recorder import Recorder, structured
 from autocompress.deploy.sessions import Session, session_of
 from autocompress.deploy.turns import in_turns
 from autocompress.deploy.verify import load_inputs, quantized_metric_holds, save_inputs
@@ -36,7 +37,6 @@ from autocompress.errors import ExportError
 from autocompress.tasks.batches import batches, finite_metric, join
 
 if TYPE_CHECKING:
-    from autocompress.deploy.export import Recorder
     from autocompress.tasks.task import Task
 
 Array = NDArray[Any]
@@ -194,8 +194,6 @@ class Validation:
 
     def metric(self, session: Session) -> float:
         """The task's metric of the session's outputs."""
-        from autocompress.deploy.export import structured
-
         calls = (load_inputs(self.folder, str(index)) for index in range(len(self.targets)))
         outputs = [session.run(None, session.feed(call)) for call in calls]
         joined = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*outputs, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,12 @@ import numpy as np
 import torch
 
 from autocompress.compress.artifact import load
-from autocompress.deploy.export import Named, Recorder, write_file
+from autocompress.deploy.files import write_file
+from autocompress.deploy.memory import peak_bytes
+from autocompress.deploy.recorder import Named, Recorder
 from autocompress.deploy.sessions import Session, session_of
-from autocompress.deploy.turns import TURN_SECONDS, TURNS, Call, in_turns
+from autocompress.deploy.turns import MOST_SECONDS, TURN_SECONDS, TURNS, Call, in_turns
+from autocompress.deploy.verify import save_inputs
 from autocompress.errors import UsageError
 from autocompress.record import Latency
 from autocompress.tasks.batches import call_model, first_batch, to_device
@@ -28,13 +32,17 @@ MOST = {"batch": 65536, "threads": 1024}
 """The largest values allowed."""
 
 
-def check_timed(target: str, batches: Sequence[int] = (1,), threads: int = 1) -> None:
-    """Raise UsageError for a target that is not one of `TARGETS`, batch sizes and threads beyond `MOST`."""
-    if target not in TARGETS:
-        raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
-    for what, value in (("threads", threads), *(("batch", size) for size in batches)):
-        if not 1 <= value <= MOST[what]:
-            raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
+@dataclass(frozen=True)
+class Float32:
+    """The float32 model's export, that other files are timed beside, and the inputs: by batch size, and two examples.
+
+    They are passed by name if `keywords`.
+    """
+
+    file: Path
+    inputs: Mapping[int, Named]
+    example: Named
+    keywords: bool
 
 
 def measure(
@@ -50,55 +58,99 @@ def measure(
     """By trial the latencies of its artifact's file for the target in onnxruntime, one for each batch size.
 
     Inputs are the first test examples, repeated where there are fewer. Raises ExportError for what cannot be
-    exported or run, UsageError as `check_timed`.
+    exported or run, UsageError for a target that is not one of `TARGETS` and as `check`.
     """
-    check_timed(target, batches, threads)
+    if target not in TARGETS:
+        raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
+    check(batches, threads)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)
-        base = float32(task, task.test, folder, max(batches))
+        base = float32(task, task.test, folder, batches)
         files: dict[int, Path] = {}
+        macs: dict[int, int | None] = {}
         for number, artifact in artifacts.items():
             recorder = Recorder(load(artifact, model=task.model), folder, keywords=base.keywords)
-            recorder.run("example", base.first(2))
+            recorder.run("example", base.example)
             files[number] = folder / f"{number}.onnx"
-            write_file(target, artifact, recorder, files[number], task=task)
-        return in_files(base, files, target, batches, threads, turns=turns, seconds=seconds)
+            details = write_file(target, artifact, recorder, files[number], task=task)
+            macs[number] = details.get("cut", {}).get("macs")
+        found = in_files(base, files, target, threads, turns=turns, seconds=seconds)
+        return with_memory(base, files, found, macs)
 
 
-def float32(task: Task, data: Any, folder: Path, examples: int) -> Recorder:
-    """The float32 model on the CPU, called with so many examples of the data, and its export `folder`/float32.onnx."""
-    base = Recorder(copy.deepcopy(task.model).cpu().eval(), folder)
+def check(batches: Sequence[int], threads: int) -> None:
+    """Raise UsageError for batch sizes and threads beyond `MOST`."""
+    for what, value in (("threads", threads), *(("batch", size) for size in batches)):
+        if not 1 <= value <= MOST[what]:
+            raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
+
+
+def float32(task: Task, data: Any, folder: Path, batches: Sequence[int]) -> Float32:
+    """The float32 model's export in the folder, with the first examples of the data, repeated where there are fewer.
+
+    Raises ExportError.
+    """
+    recorder = Recorder(copy.deepcopy(task.model).cpu().eval(), folder)
     with torch.no_grad():
-        call_model(base, to_device(first_batch(data, examples)[0], "cpu"))
-    write_file("onnx", folder, base, folder / "float32.onnx", slim=False)
-    return base
+        call_model(recorder, to_device(first_batch(data, max(batches))[0], "cpu"))
+    file = folder / "float32.onnx"
+    write_file("onnx", folder, recorder, file, slim=False)
+    inputs = {size: resized(recorder.first(size), size) for size in batches}
+    return Float32(file, inputs, resized(recorder.first(2), 2), recorder.keywords)
 
 
 def in_files(
-    base: Recorder,
+    base: Float32,
     files: Mapping[int, Path],
     target: str,
-    batches: Sequence[int],
     threads: int,
     *,
     turns: int = TURNS,
     seconds: float = TURN_SECONDS,
+    most: float = MOST_SECONDS,
 ) -> dict[int, tuple[Latency, ...]]:
-    """As `measure`, of files that are there; `base` is what `float32` gave."""
-    sessions = {number: session_of(file, threads) for number, file in files.items()}
-    whole = session_of(base.folder / "float32.onnx", threads)
+    """By number the latencies of files for the target, one for each of the baseline's batch sizes, all in turns."""
+    sessions = {str(number): session_of(file, threads) for number, file in files.items()}
+    sessions["float32"] = session_of(base.file, threads)
     found: dict[int, list[Latency]] = {number: [] for number in files}
-    for size in batches:
-        inputs = resized(base.first(size), size)
-        calls = {"float32": call_of(whole, inputs), **{str(n): call_of(s, inputs) for n, s in sessions.items()}}
-        times = in_turns(calls, turns=turns, seconds=seconds)
-        _, middle, _ = times["float32"].quartiles
+    for size, inputs in base.inputs.items():
+        calls = {name: _call(session, inputs) for name, session in sessions.items()}
+        times = in_turns(calls, turns=turns, seconds=seconds, most=most)
+        _, whole, _ = times["float32"].quartiles
         for number, file in files.items():
             low, median, high = times[str(number)].quartiles
             ratio = times[str(number)].over(times["float32"])
             length = file.stat().st_size
-            found[number].append(Latency(target, size, threads, median, low, high, middle, ratio, length))
+            found[number].append(Latency(target, size, threads, median, low, high, whole, ratio, length))
     return {number: tuple(latencies) for number, latencies in found.items()}
+
+
+def with_memory(
+    base: Float32,
+    files: Mapping[int, Path],
+    found: Mapping[int, Sequence[Latency]],
+    macs: Mapping[int, int | None],
+) -> dict[int, tuple[Latency, ...]]:
+    """The latencies with peak memory of the files and the baseline, and MACs."""
+    held: dict[tuple[int, int], tuple[int | None, int | None]] = {}
+    for size, inputs in base.inputs.items():
+        save_inputs(base.file.parent, "timed", inputs)
+        stored = base.file.parent / "timed.inputs.npz"
+        for threads in {latency.threads for latencies in found.values() for latency in latencies}:
+            whole = peak_bytes(base.file, stored, threads)
+            held |= {(number, size): (peak_bytes(file, stored, threads), whole) for number, file in files.items()}
+    return {
+        number: tuple(
+            replace(
+                one,
+                memory_bytes=held[number, one.batch][0],
+                baseline_memory_bytes=held[number, one.batch][1],
+                macs=macs.get(number),
+            )
+            for one in latencies
+        )
+        for number, latencies in found.items()
+    }
 
 
 def resized(inputs: Named, size: int) -> Named:
@@ -106,7 +158,6 @@ def resized(inputs: Named, size: int) -> Named:
     return {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
 
 
-def call_of(session: Session, inputs: Named) -> Call:
-    """A call of the session."""
+def _call(session: Session, inputs: Named) -> Call:
     feed = session.feed(inputs)
     return lambda: session.run(None, feed)

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from autocompress.compress.tracing import quiet
+from autocompress.deploy.torch_registry import kept_registry
 from autocompress.errors import ExportError
 from autocompress.tasks.wording import one_line
 
@@ -261,7 +262,8 @@ def _by_torch_export(module: nn.Module, args: Any, options: dict[str, Any]) -> A
 
     shapes = {name: {0: "batch"} for name in options["input_names"]}
     dynamic: Any = shapes if options["kwargs"] else tuple(shapes.values())
-    program = torch.onnx.export(module, args, dynamo=True, optimize=False, dynamic_shapes=dynamic, **options)
+    with kept_registry():
+        program = torch.onnx.export(module, args, dynamo=True, optimize=False, dynamic_shapes=dynamic, **options)
     if program is None:
         raise ExportError("torch.onnx gave no program")
     return program.model_proto

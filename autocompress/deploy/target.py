@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from autocompress.codec import container
+from autocompress.codec.header import FAST
 from autocompress.compress.artifact import load
 from autocompress.deploy import latency
 from autocompress.deploy.accuracy import metric_of
-from autocompress.deploy.export import FILES, QUANTIZED, Recorder, export, write_file
+from autocompress.deploy.export import export
+from autocompress.deploy.files import FILES, QUANTIZED, write_file
+from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.verify import runner
 from autocompress.errors import AutocompressError, ExportError, SpaceError, UsageError
 from autocompress.plan import FLOAT_BITS, LayerPlan, Plan, uncompressed
@@ -57,7 +60,7 @@ class Target:
         self.format = "onnx" if name == "archive" else name
         self.seconds = 0.0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._base: Recorder | None = None
+        self._base: latency.Float32 | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers make their own sessions."""
@@ -95,8 +98,8 @@ class Target:
                 files[number] = file.rename(file.with_name(f"{number}-{file.name}"))
             if self.timing is None:
                 return metrics, {}
-            base = latency.float32(task, task.test, Path(scratch), self.timing.batch)
-            return metrics, latency.in_files(base, files, self.format, (self.timing.batch,), self.timing.threads)
+            base = latency.float32(task, task.test, Path(scratch), [self.timing.batch])
+            return metrics, latency.in_files(base, files, self.format, self.timing.threads)
 
     def _written(self, task: Task, artifact: Path, folder: Path | None = None) -> tuple[Recorder, Path]:
         """The target's file of an artifact, in the folder, else beside it."""
@@ -119,9 +122,8 @@ class Target:
         """The time of a call over the float32 model's."""
         if self._base is None or self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-")
-            self._base = latency.float32(task, task.val, Path(self._scratch.name), timing.batch)
-        way = self.format, (timing.batch,), timing.threads
-        return latency.in_files(self._base, {0: file}, *way, turns=_TURNS)[0][0].ratio
+            self._base = latency.float32(task, task.val, Path(self._scratch.name), [timing.batch])
+        return latency.in_files(self._base, {0: file}, self.format, timing.threads, turns=_TURNS)[0][0].ratio
 
 
 def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
@@ -133,7 +135,7 @@ def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
     if name == "archive" and timing is None:
         return Target(name)
     plan = uncompressed(bench.layers)
-    (whole,) = run_trial(bench, plan, Budget((1.0,)))
+    (whole,) = run_trial(bench, plan, Budget((1.0,)), effort=FAST)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)
         path = folder / FILES["archive"]
@@ -150,8 +152,8 @@ def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
             write_file(plain, path, recorder, file, slim=False)
             target.baseline_bytes = file.stat().st_size
         if timing is not None:
-            base = latency.float32(bench.task, bench.task.val, folder, timing.batch)
-            found = latency.in_files(base, {0: folder / "float32.onnx"}, "onnx", (timing.batch,), timing.threads)
+            base = latency.float32(bench.task, bench.task.val, folder, [timing.batch])
+            found = latency.in_files(base, {0: base.file}, "onnx", timing.threads)
             target.timing = timing.measured(found[0][0].baseline)
     return target
 
@@ -179,7 +181,7 @@ def check_target(target: str, sampler: str = "tpe", effort: str = container.AUTO
     if timing is not None:
         if target in RANKS_ONLY:
             raise UsageError(f"latency is an objective and the target {target!r}: allowed: archive, onnx, onnx-int8")
-        latency.check_timed("onnx", (timing.batch,), timing.threads)
+        latency.check([timing.batch], timing.threads)
     if target != "archive" and effort != container.AUTO:
         raise UsageError(f"effort is {effort!r} and the target {target!r}: only archives are coded")
     if target in RANKS_ONLY:

@@ -1,0 +1,58 @@
+"""Inputs for a file of which nothing but its graph is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocompress.errors import ExportError, UsageError
+
+_KINDS = {
+    f"tensor({name})": np.dtype(kind)
+    for name, kind in {"float": "f4", "float16": "f2", "double": "f8", "bool": "?"}.items()
+} | {f"tensor({sign}int{bits})": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def made_up(inputs: Sequence[Any], batch: int, lengths: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """Arrays for a session's `inputs` (name, type and shape of each), always the same.
+
+    Floats lie evenly between 0 and 1; whole numbers are 0 or 1, which index any table of two rows. A free first axis
+    has the length `batch`, and so has every other of its name; `lengths` has those of other free axes, by their names
+    ("INPUT.AXIS" for one without). Raises UsageError for a free axis without a length, or another batch size than
+    the file's own, ExportError for an input that is not a tensor of numbers.
+    """
+    fixed = fixed_batch(inputs)
+    if fixed not in (None, batch):
+        raise UsageError(f"batch is {batch}, allowed: {fixed}, which the file fixes")
+    leading = {value.shape[0] for value in inputs if value.shape and isinstance(value.shape[0], str)}
+    known = {**dict.fromkeys(leading, batch), **lengths}
+    drawn = np.random.default_rng(0)
+    found: dict[str, NDArray[Any]] = {}
+    for value in inputs:
+        if value.type not in _KINDS:
+            raise ExportError(f"input {value.name!r} is a {value.type}: no such input can be made up")
+        shape = [_length(value, axis, batch, known) for axis in range(len(value.shape))]
+        kind = _KINDS[value.type]
+        found[value.name] = (drawn.random(shape) if kind.kind == "f" else drawn.integers(0, 2, shape)).astype(kind)
+    return found
+
+
+def fixed_batch(inputs: Sequence[Any]) -> int | None:
+    """The one batch size that the file takes, None where it takes any."""
+    first = [value.shape[0] for value in inputs if value.shape]
+    return first[0] if first and all(isinstance(size, int) for size in first) else None
+
+
+def _length(value: Any, axis: int, batch: int, known: Mapping[str, int]) -> int:
+    size = value.shape[axis]
+    if isinstance(size, int):
+        return size
+    name = size or f"{value.name}.{axis}"
+    if axis == 0 and name not in known:
+        return batch
+    if name not in known:
+        raise UsageError(f"input {value.name!r} has a free axis {name!r}: say how long it is with --dim {name}=N")
+    return known[name]
