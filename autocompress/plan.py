@@ -118,9 +118,9 @@ class LayerSpec:
         size, wanted = self.shape[0], plan.width * self.shape[0]
         if size < 2 * BLOCK:
             return max(1, round(wanted))
-        counts = [*range(BLOCK, size, BLOCK), size]
-        nearest: int = min(counts, key=lambda count: (abs(count - wanted), -count))
-        return nearest
+        below = max(BLOCK, BLOCK * int(wanted // BLOCK))
+        above = min(size, below + BLOCK)
+        return above if above - wanted <= wanted - below else below
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -323,6 +323,8 @@ class Workbench:
         The first plans take up to seconds, in which layers are sorted and coded at a few settings; later
         ones take milliseconds. Raises PlanError and TrialFailed as `run_trial` does.
         """
+        check(plan, self.layers)
+        self.units.check(plan)
         return self._estimator.size_bytes(plan)
 
     def baseline_bytes(self) -> int:

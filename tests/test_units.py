@@ -1,7 +1,9 @@
 """Units that go by a plan's width: which, with which others, held at zero, and left out by an export."""
 
+import importlib
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,3 +393,13 @@ def test_finetuning_of_ones_own_holds_units_too(bench):
     other = Workbench(replace(bench.task, finetune=own), "cpu")
     module = weights_of(other, last(other, plan_of(other, HALF, bits=8)))
     assert len(zero_rows(module.narrow.weight)) == 3
+
+
+def test_the_benchmarks_plans_are_widths_by_pattern(bench, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    widths_of = importlib.import_module("bench_width").widths_of
+    assert widths_of("0.5", bench) == HALF | {"head": 1.0}
+    assert {n: w for n, w in widths_of("*=0.9,n*=0.75,head=0.5", bench).items() if w != 0.9} == {
+        "narrow": 0.75,
+        "head": 1.0,
+    }
