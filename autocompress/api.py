@@ -84,6 +84,7 @@ def search(
     from autocompress import engine
     from autocompress.deploy.target import check_target
     from autocompress.search.samplers import check_sampler
+    from autocompress.search.space_file import read_space
 
     check_numbers(DEFAULT_TRIALS if trials is None else trials, seed, finetune_epochs)
     check_effort(effort)
@@ -92,6 +93,9 @@ def search(
     engine.plan_cluster(workers, address)
     check_sampler(sampler)
     budget = None if time_budget is None else parse_time(time_budget)
+    read_space(space)  # a task may take long to load: what can be told without it comes first
+    if name is not None:
+        Records.find(dir).folder(name)
     origin = None
     if isinstance(task, str):
         origin = origin_of(task, data_dir)

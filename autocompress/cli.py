@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("what", metavar="TASK|FILE", help="a task as for search, or a file written by a search")
     inspect.add_argument("--json", action="store_true", help="print it as JSON")
     inspect.add_argument("--space", metavar="FILE|NAME", help="search space to count knobs in")
-    inspect.add_argument("--trials", type=_whole, default=40, metavar="N", help="trials to estimate for (40)")
+    inspect.add_argument("--trials", type=_whole, metavar="N", help="trials to estimate for (40)")
     inspect.add_argument("--workers", type=_whole, metavar="W", help="workers to estimate for")
     inspect.add_argument("--finetune-epochs", type=_number, metavar="E", help="finetuning to estimate for")
     _data_option(inspect)
@@ -449,6 +449,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
     path = Path(options.what)
     if path.is_file() and path.suffix != ".py":
+        for what in ("space", "trials", "workers", "finetune_epochs", "data_dir"):
+            if getattr(options, what) is not None:
+                raise UsageError(f"--{what.replace('_', '-')} is for a task, and {options.what!r} is a file")
         found = inspection.inspect_file(path)
         if options.json:
             print(json.dumps(found.to_json(), indent=2))
@@ -462,7 +465,7 @@ def _inspect(options: argparse.Namespace) -> int:
     report = inspection.inspect_task(
         options.what,
         space=options.space,
-        trials=options.trials,
+        trials=40 if options.trials is None else options.trials,
         workers=options.workers,
         epochs=options.finetune_epochs,
         data_dir=options.data_dir,

@@ -123,12 +123,13 @@ def inspect_task(
     from autocompress import api, engine, preflight
     from autocompress.origins import load_origin, origin_of
     from autocompress.search.continuation import is_continuable
-    from autocompress.search.space_file import load_space
+    from autocompress.search.space_file import load_space, read_space
     from autocompress.tasks.checking import check_task
     from autocompress.trial import Workbench
 
     api.check_numbers(trials, 0, epochs)
     cluster = engine.plan_cluster(workers)
+    read_space(space)  # a task may take long to load
     loaded = load_origin(origin_of(task, data_dir))
     check_task(loaded)
     bench = Workbench(loaded)

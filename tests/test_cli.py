@@ -115,6 +115,9 @@ def test_bad_options_of_search(fail, work, options, words):
         (("search", "none.py:task"), "none.py' does not exist (looked in"),
         (("search", "none.py"), "none.py' does not exist (looked in"),
         (("search", "no_such_module:task"), "no_such_module"),
+        (("search", "none.py:task", "--space", "nothing"), "search space is 'nothing', allowed: a YAML file"),
+        (("search", "none.py:task", "--study", "a/b"), "study name is 'a/b', allowed"),
+        (("inspect", "none.py:task", "--space", "nothing"), "search space is 'nothing', allowed: a YAML file"),
         (("search", "waves.py:tusk"), "tusk"),
         (("front",), "no study in"),
         (("front", "none"), "study 'none' does not exist in"),
@@ -362,6 +365,8 @@ def test_a_damaged_artifact_is_refused(study, done, fail):
     shown = json.loads(done("front", "--json"))
     path = study / "autocompress_runs" / shown["front"][0]["artifact"]
     assert "tensor" in done("inspect", str(path))
+    for option in ("--trials", "--workers", "--finetune-epochs", "--space", "--data-dir"):
+        assert f"{option} is for a task, and {str(path)!r} is a file" in fail(2, "inspect", str(path), option, "40")
     whole = path.read_bytes()
     for name, data in {
         "cut.acz": whole[: len(whole) // 2],

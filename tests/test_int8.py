@@ -18,7 +18,7 @@ from autocompress.compress.ranges import Grid, attach
 from autocompress.deploy import int8, int8_calibrate, int8_weights, verify
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy.export import export
-from autocompress.deploy.int8_choose import Group, chosen
+from autocompress.deploy.int8_choose import Group, chosen, pays
 from autocompress.deploy.int8_layers import own_ranges
 from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
@@ -576,13 +576,43 @@ def test_a_sparse_artifact_of_few_bits_keeps_its_levels_and_stays_small(tmp_path
     task = make_task(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), (torch.randn(128, 64),))
     artifact = compressed(task, LayerPlan(bits=3, threshold=1.0, quantizer="uniform"), tmp_path)
     monkeypatch.setattr(int8.Timer, "__call__", lambda _, plans: [sum(f != "static" for f in p) for p in plans])
-    monkeypatch.setattr(int8.Timer, "as_fast", lambda *_: True)
+    monkeypatch.setattr(int8.Timer, "over", lambda *_: 0.5)
     manifest = export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
     layers = manifest["layers"]
     assert [found["form"] for found in layers.values()] == ["static"] * 2
     assert all(found["keeps_its_levels"] for found in layers.values())
     weights = sum(p.numel() for p in task.model.parameters() if p.dim() > 1)
     assert manifest["size_bytes"] < 0.5 * weights + 4000
+
+
+@pytest.mark.parametrize(("size", "seconds", "worth"), [
+    (0.25, 0.6, True), (0.25, 1.02, True), (1.3, 0.7, True), (1.3, 0.8, False), (1.001, 0.99, False), (1.0, 1.0, False),
+    (0.9, 1.2, False), (1.0, 0.97, True),
+])  # fmt: skip
+def test_a_file_pays_by_bytes_or_by_time(size, seconds, worth):
+    assert pays(size, seconds) is worth
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_file_that_saves_neither_is_that_of_onnx(kept, tmp_path, monkeypatch):
+    """Of few bits a float32 file is smaller: 8 bits must win the time back."""
+    torch.manual_seed(0)
+    task = make_task(mlp(), (torch.randn(96, 40),))
+    artifact = compressed(task, LayerPlan(bits=2, threshold=1.0), tmp_path)
+    monkeypatch.setattr(int8.Timer, "__call__", lambda _, plans: [1.0 + sum(f != "static" for f in p) for p in plans])
+    monkeypatch.setattr(int8.Timer, "over", lambda *_: 0.2 if kept else 0.99)
+    monkeypatch.setattr(verify, "QUANTIZED_METRIC_TOLERANCE", 0.2)  # of 96 noisy examples
+    export(artifact, task, "onnx", tmp_path / "plain", FACTS)
+    manifest = export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
+    plain, file = tmp_path / "plain" / "model.onnx", tmp_path / "out" / "model.int8.onnx"
+    assert (file.read_bytes() == plain.read_bytes()) is not kept
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "model.int8.onnx"]
+    forms = {(found["form"], found["because"]) for found in manifest["layers"].values()}
+    because = "fastest" if kept else "8 bits save neither time nor bytes in all"
+    assert forms == {("static" if kept else "float32", because)}
+    assert manifest["validation"]["metric"] == manifest["validation"]["metric_float32"] or kept
+    assert "weight_forms" in manifest
+    assert "same_graph_float32_bytes" not in manifest
 
 
 def test_layers_that_harm_are_left_in_float32(tmp_path):

@@ -8,6 +8,7 @@ harm the outputs most are left in float32.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from onnx import TensorProto, numpy_helper
 from autocompress.deploy import onnx
 from autocompress.deploy.calibration import training_inputs
 from autocompress.deploy.int8_calibrate import Named, Seen, corrected_bias, ranges_of, seen
-from autocompress.deploy.int8_choose import Group, Plan, chosen
+from autocompress.deploy.int8_choose import Group, Plan, chosen, pays
 from autocompress.deploy.int8_graph import int8_graph
 from autocompress.deploy.int8_layers import Layer, layers_of, names_of, own_ranges
 from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
@@ -48,6 +49,9 @@ _SHARE = 0.5
 _BATCH, _VALIDATED = 32, 256
 _TURNS = 9
 _TURN_SECONDS = 0.006
+_AS_FAST = 1.03
+"""Up to here one of two models is as fast as the other."""
+_NOT_WORTH = "8 bits save neither time nor bytes in all"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,15 @@ class Net:
             found[name] = float_form(name, rounded(values, axis, alone=True), self.exact.get(name))
         return found
 
+    def keeps(self, layer: Layer, form: str) -> bool:
+        """Whether the layer's weight is the float32 one in that form."""
+        return form == "float32" or self.weights[layer].exact
+
+    def rounds(self, forms: Mapping[Layer, str]) -> bool:
+        """Whether anything is in 8 bits in these forms."""
+        lone = (self.alone[layer.name].kind for layer, form in forms.items() if form == "weights")
+        return "int8" in lone or bool({"static", "dynamic"} & set(forms.values()))
+
     def graph(self, forms: Mapping[Layer, str]) -> Any:
         """The model with its layers in these forms, the weights of "weights" as they are."""
         return int8_graph(self.model, forms, self.ranges, self.weights, self.biases)
@@ -112,7 +125,8 @@ def write(
 ) -> dict[str, Any]:
     """Writes the file; what the manifest says of it. Arguments as of `onnx.write`; `recorder` knows the calls.
 
-    Raises ExportError where the metric on validation data is beyond the tolerance with every layer in float32.
+    What is not worth it (`int8_choose.pays`) is the very file that `onnx.write` writes. Raises ExportError where the
+    metric on validation data is beyond the tolerance with every layer in float32.
     """
     net = net_of(module, inputs, names, recorder, task)
     groups, members = groups_of(net)
@@ -123,11 +137,21 @@ def write(
     because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
     with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
         forms, because, checked = held_back(net, forms, because, Validation(task, recorder, Path(folder)))
-    small = net.final(forms, small=True)
-    plain = net.final(forms, small=False)
-    if len(small[1]) > len(plain[1]) and not timer.as_fast(small, plain):
-        small = plain
-    details = onnx.save(*small, module, path)
+        small = net.final(forms, small=True)
+        long = net.final(forms, small=False)
+        if len(small[1]) > len(long[1]) and timer.over(small, long) > _AS_FAST:
+            small = long
+        details = onnx.save(*small, module, path)
+        plain = onnx.graph_of(module, inputs, recorder.keywords, names)
+        file = Path(folder) / path.name
+        plain_details = onnx.save(*plain, module, file)
+        part = path.stat().st_size / file.stat().st_size
+        if not (net.rounds(forms) and pays(part, timer.over(small, plain))):
+            details = plain_details
+            shutil.copyfile(file, path)
+            because |= {layer: _NOT_WORTH for layer, form in forms.items() if form != "float32"}
+            forms = dict.fromkeys(forms, "float32")
+            checked["metric"] = checked["metric_float32"]
     del details["same_graph_float32_bytes"]
     seconds = {layer: choice.seconds for choice, part in zip(choices, members, strict=True) for layer in part}
     return details | {
@@ -136,7 +160,11 @@ def write(
                 "form": forms[layer],
                 "because": because[layer],
                 "call_seconds": {form: round(second, 8) for form, second in seconds[layer].items()},
-                **({"keeps_its_levels": net.weights[layer].exact} if layer in net.weights else {}),
+                **(
+                    {"keeps_its_levels": forms[layer] == "float32" or net.weights[layer].exact}
+                    if layer in net.weights
+                    else {}
+                ),
             }
             for name, layer in zip(names_of(net.layers), net.layers, strict=True)
         },
@@ -244,10 +272,10 @@ class Timer:
         self.sessions = {plan: self.sessions.get(plan) or self._loaded(plan) for plan in plans}
         return self._times([self.sessions[plan] for plan in plans])
 
-    def as_fast(self, one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-        """Whether the first of two models is not clearly slower than the second."""
+    def over(self, one: tuple[Any, Any], other: tuple[Any, Any]) -> float:
+        """The time of a call of the first of two models as part of the second's."""
         a, b = self._times([session_of(onnx.inserted(*model)) for model in (one, other)])
-        return a <= 1.03 * b
+        return a / b
 
     def _loaded(self, plan: Plan) -> Session:
         forms = {layer: form for form, part in zip(plan, self.members, strict=True) for layer in part}

@@ -57,6 +57,14 @@ def chosen(groups: Sequence[Group], starts: Sequence[Mapping[str, str]], time: T
     return choices
 
 
+def pays(size: float, seconds: float) -> bool:
+    """Whether a file is worth having that takes these parts of another's bytes and of its time.
+
+    It is smaller or clearly faster, and not longer by more than it is faster, nor slower by more than it is smaller.
+    """
+    return (size < 1 or seconds < 1 - CLEARLY) and size * seconds < 1
+
+
 def _preferred(group: Group, start: Mapping[str, str]) -> str:
     form = start.get(group.name, start[""])
     return form if form in group.options else next(iter(group.options))

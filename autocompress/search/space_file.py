@@ -38,16 +38,22 @@ def load_space(
     (`Workbench.rank_errors`) is what ranks by tolerance are looked up in.
     Raises SpaceError, in one line naming file, key, value and what is allowed.
     """
-    if isinstance(source, Mapping):
-        name, file, read = "custom", "search space", source
-    else:
-        path = _find(source if source is not None else "default")
-        name, file, read = path.stem, str(path), _read_file(path)
-        if path.parent == space_folder():
-            file = f"built-in space {name!r}"
+    name, file, read = read_space(source)
     if not specs:
         raise SpaceError(f"{file}: the model has no layer to compress")
     return build(name, At(file), read, specs, errors)
+
+
+def read_space(source: str | Path | Mapping[str, Any] | None) -> tuple[str, str, Mapping[str, Any]]:
+    """A space's name, what messages call it, and what it holds, of which only a model tells whether it makes sense.
+
+    `source` and errors as in `load_space`.
+    """
+    if isinstance(source, Mapping):
+        return "custom", "search space", source
+    path = _find(source if source is not None else "default")
+    file = f"built-in space {path.stem!r}" if path.parent == space_folder() else str(path)
+    return path.stem, file, _read_file(path)
 
 
 def _find(source: str | Path) -> Path:
