@@ -20,7 +20,19 @@ from autocompress.search.space_file import load_space
 from autocompress.trial import Budget, Workbench, run_trial
 
 
-def test_a_size_is_that_of_the_exported_file(tmp_path):
+class Untouched:
+    """Data that must not be looked at."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __iter__(self):
+        raise AssertionError(f"{self.what} was looked at")
+
+    __getitem__ = __len__ = __iter__
+
+
+def test_a_size_is_that_of_the_exported_file_and_not_chosen_on_test_data(tmp_path):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     with torch.no_grad():
         first = next(m for m in task.model.modules() if isinstance(m, nn.Linear))
@@ -29,22 +41,42 @@ def test_a_size_is_that_of_the_exported_file(tmp_path):
     data = artifact.read_bytes()
     manifest = export(artifact, task, "onnx", tmp_path / "out", FACTS)
     assert manifest["cut"]["dead_units"] >= 5
-    assert FileSize("onnx")(task, data) == manifest["size_bytes"]
-    assert FileSize("archive")(task, data) == len(data)
-    bench = Workbench(task)
+    bench = Workbench(replace(task, test=Untouched("test")))
+    assert FileSize("onnx")(bench.task, data) == manifest["size_bytes"]
+    assert FileSize("archive")(bench.task, data) == len(data)
     assert FileSize("archive").baseline(bench) is None
     whole = sum(p.numel() * 4 for p in task.model.parameters())
     assert whole < FileSize("onnx").baseline(bench) < whole + 2000
-    assert FileSize("onnx-int8").baseline(bench) == FileSize("onnx").baseline(bench)
-    assert 0 < FileSize("onnx-int8")(task, data) < whole
+    assert 0 < FileSize("onnx-int8")(bench.task, data) < whole
 
 
-def test_a_trial_measures_it_at_each_rung():
+def test_what_a_file_of_8_bits_is_compared_with_is_the_float32_file(monkeypatch):
+    asked = []
+    monkeypatch.setattr(target, "export", lambda path, task, fmt, *_: asked.append(fmt))
+    monkeypatch.setattr(FileSize, "_written", lambda size, *_, slim: asked.append((size.target, slim)) or 77)
+    assert FileSize("onnx-int8").baseline(Workbench(task_of())) == 77
+    assert asked == ["onnx", ("onnx", False)]
+
+
+def test_a_trial_measures_it_at_each_rung(monkeypatch):
+    """The size is asked for each rung's own artifact; that it is the file's is told above."""
     task = task_of()
     bench = Workbench(task)
     plan = Plan({spec.name: LayerPlan(bits=3, threshold=0.5) for spec in bench.layers}, Recipe(1.0))
+    asked = []
+    monkeypatch.setattr(FileSize, "__call__", lambda _, given, data: asked.append((given, data)) or 1000 + len(asked))
     found = list(run_trial(bench, plan, Budget((0.0, 1.0)), size=FileSize("onnx")))
-    for outcome in found:
+    assert [outcome.measurement.size_bytes for outcome in found] == [1001, 1002]
+    assert [data for _, data in asked] == [outcome.artifact for outcome in found]
+    assert all(given is task for given, _ in asked)
+
+
+@pytest.mark.slow
+def test_a_trial_measures_real_files():
+    task = task_of()
+    bench = Workbench(task)
+    plan = Plan({spec.name: LayerPlan(bits=3, threshold=0.5) for spec in bench.layers}, Recipe(1.0))
+    for outcome in run_trial(bench, plan, Budget((0.0, 1.0)), size=FileSize("onnx")):
         assert outcome.measurement.size_bytes == FileSize("onnx")(task, outcome.artifact) > len(outcome.artifact)
 
 
@@ -106,25 +138,13 @@ def test_what_cannot_be_shipped_is_refused_before_the_search(work, studied, fail
     assert not (work / "autocompress_runs" / "studies" / "waves").exists()
 
 
-class Untouched:
-    """Data that must not be looked at."""
-
-    def __init__(self, what):
-        self.what = what
-
-    def __iter__(self):
-        raise AssertionError(f"{self.what} was looked at")
-
-    __getitem__ = __len__ = __iter__
-
-
-@pytest.mark.parametrize("aim", ["onnx", pytest.param("onnx-int8", marks=pytest.mark.slow)])
-def test_no_size_is_chosen_on_test_data(aim, tmp_path):
+@pytest.mark.slow
+def test_no_size_of_8_bits_is_chosen_on_test_data(tmp_path):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     data = compressed(task, LayerPlan(bits=4), tmp_path).read_bytes()
     bench = Workbench(replace(task, test=Untouched("test")))
-    assert FileSize(aim)(bench.task, data) > 0
-    assert FileSize(aim).baseline(bench) > 0
+    assert FileSize("onnx-int8")(bench.task, data) > 0
+    assert FileSize("onnx-int8").baseline(bench) == FileSize("onnx").baseline(bench) > 0
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):

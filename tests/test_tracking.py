@@ -394,7 +394,7 @@ def test_an_experiment_of_another_study_or_a_deleted_one_is_passed_over(store: t
 def test_home_is_told_once_from_the_thread(store: tuple[str, Path]) -> None:
     told: list[Home] = []
     record = synthetic_study(1, "told")
-    tracker = MlflowTracker(target(*store), on_home=told.append)
+    tracker = MlflowTracker(target(*store), on_home=told.append, writer=LocalWriter(target(*store)))
     tracker.start(record)
     tracker.finish(record, "FAILED")
     assert told == [tracker.home]
