@@ -253,11 +253,21 @@ def test_data_that_is_missing_names_the_command_that_gets_it(fail, work):
 
 
 @pytest.fixture
-def study(work, local, capsys) -> Path:  # noqa: F811
-    """A finished study of five trials called mine."""
-    assert cli.main(search("--study", "mine", "--trials", "5", "--space", "quantize_only")) == 0
-    capsys.readouterr()
-    return work
+def study(work, local, capsys, monkeypatch, session_folder) -> Path:  # noqa: F811
+    """A finished study of five trials called mine: searched once, laid out anew for each test in the same place."""
+    place, kept = session_folder / "study", session_folder / "study as found"
+    if not kept.exists():
+        place.mkdir()
+        write_task(place)
+        monkeypatch.chdir(place)
+        assert cli.main(search("--study", "mine", "--trials", "5", "--space", "quantize_only")) == 0
+        capsys.readouterr()
+        shutil.copytree(place, kept)
+    monkeypatch.chdir(kept)
+    shutil.rmtree(place)
+    shutil.copytree(kept, place)
+    monkeypatch.chdir(place)
+    return place
 
 
 def test_front_json_keeps_the_contract(study, done):

@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 import zlib
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ def compiled():
     pack(Artifact({"x": Coded(np.zeros((2, 2), np.uint16), np.zeros(1, "f4"))}))
 
 
+@cache
 def golden():
     spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
     module = importlib.util.module_from_spec(spec)
@@ -118,7 +120,7 @@ def test_a_damaged_table_of_tensors_is_told(head, said):
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_change_to_a_header_with_a_right_checksum_is_refused_or_read(data):
-    whole = pack(golden().kinds())
+    whole = (GOLDEN / "kinds3-auto.acz").read_bytes()
     _, length, _ = struct.unpack_from("<4sII", whole)
     head = bytearray(whole[12 : 12 + length])
     for _ in range(data.draw(st.integers(1, 3))):

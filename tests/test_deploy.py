@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -299,10 +299,15 @@ def check_weights(artifact, file, tmp):
             assert coded[name].values().tobytes() in held, name
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One ONNX export, shared: task, artifact, folder, manifest."""
-    folder = tmp_path_factory.mktemp("smoke")
+@pytest.fixture(scope="session")
+def smoke(session_folder):
+    """One ONNX export, shared by all modules: task, artifact, folder, manifest."""
+    return _smoke(session_folder / "smoke")
+
+
+@cache
+def _smoke(folder):
+    folder.mkdir()
     torch.manual_seed(0)
     task = make_task(mlp(), (torch.randn(333, 1, 8, 8),))
     artifact = compressed(task, SMALL, folder)
@@ -770,9 +775,7 @@ def test_a_graph_that_int8_does_not_understand_is_one_line(smoke, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-def test_a_session_that_fails_says_so(smoke, tmp_path):
-    task, artifact, _, _ = smoke
-    export(artifact, task, "onnx", tmp_path, FACTS)
-    session = session_of(tmp_path / "model.onnx")
+def test_a_session_that_fails_says_so(smoke):
+    session = session_of(smoke[2] / "model.onnx")
     with pytest.raises(ExportError, match="onnxruntime does not run the graph"):
         session.run(None, {"input": np.zeros((2, 3), np.float32)})

@@ -25,7 +25,19 @@ from autocompress.timing import Timing
 from autocompress.trial import Budget, Deployed, Workbench, run_trial
 
 
-def test_a_size_is_that_of_the_exported_file(tmp_path):
+class Untouched:
+    """Data that must not be looked at."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __iter__(self):
+        raise AssertionError(f"{self.what} was looked at")
+
+    __getitem__ = __len__ = __iter__
+
+
+def test_a_size_is_that_of_the_exported_file_and_not_chosen_on_test_data(tmp_path):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     with torch.no_grad():
         first = next(m for m in task.model.modules() if isinstance(m, nn.Linear))
@@ -34,16 +46,17 @@ def test_a_size_is_that_of_the_exported_file(tmp_path):
     data = artifact.read_bytes()
     manifest = export(artifact, task, "onnx", tmp_path / "out", FACTS)
     assert manifest["cut"]["dead_units"] >= 5
-    bench = Workbench(task)
+    bench = Workbench(replace(task, test=Untouched("test")))
     plan = Plan({spec.name: LayerPlan(bits=3, threshold=1.0) for spec in bench.layers}, Recipe(0.0))
-    assert Target("onnx")(task, data, plan) == Deployed(manifest["size_bytes"])
-    assert Target("archive")(task, data, plan) == Deployed(len(data))
+    plain = prepared("onnx", Timing(1), bench)
+    found = plain(bench.task, data, plan)
+    assert found.size_bytes == manifest["size_bytes"]
+    assert 0 < found.latency < 5
+    assert Target("archive")(bench.task, data, plan) == Deployed(len(data))
     assert prepared("archive", None, bench).baseline_bytes == 0
     whole = sum(p.numel() * 4 for p in task.model.parameters())
-    plain = prepared("onnx", None, bench)
     assert whole < plain.baseline_bytes < whole + 2000
-    assert prepared("onnx-int8", None, bench).baseline_bytes == plain.baseline_bytes
-    assert plain(task, data, uncompressed(bench.layers)) == Deployed(plain.baseline_bytes)
+    assert plain(bench.task, data, uncompressed(bench.layers)) == Deployed(plain.baseline_bytes, 1.0)
 
 
 def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, monkeypatch):
@@ -91,7 +104,25 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path):
     assert latencies[7][0].ratio < 0.7
 
 
-def test_a_trial_measures_it_at_each_rung():
+def test_a_trial_measures_it_at_each_rung(monkeypatch):
+    """The size is asked for each rung's own artifact; that it is the file's is told above."""
+    task = task_of()
+    bench = Workbench(task)
+    plan = Plan({spec.name: LayerPlan(bits=3, threshold=0.5) for spec in bench.layers}, Recipe(1.0))
+    asked = []
+
+    def deployed(given, data, which):
+        asked.append((given, data, which))
+        return Deployed(1000 + len(asked), 0.5)
+
+    found = list(run_trial(bench, plan, Budget((0.0, 1.0)), deployed=deployed))
+    assert [(o.measurement.size_bytes, o.measurement.latency) for o in found] == [(1001, 0.5), (1002, 0.5)]
+    assert [data for _, data, _ in asked] == [outcome.artifact for outcome in found]
+    assert all(given is task and which == plan for given, _, which in asked)
+
+
+@pytest.mark.slow
+def test_a_trial_measures_real_files():
     task = task_of()
     bench = Workbench(task)
     plan = Plan({spec.name: LayerPlan(bits=3, threshold=0.5) for spec in bench.layers}, Recipe(1.0))
@@ -158,25 +189,14 @@ def test_what_cannot_be_shipped_is_refused_before_the_search(work, studied, fail
     assert not (work / "autocompress_runs" / "studies" / "waves").exists()
 
 
-class Untouched:
-    """Data that must not be looked at."""
-
-    def __init__(self, what):
-        self.what = what
-
-    def __iter__(self):
-        raise AssertionError(f"{self.what} was looked at")
-
-    __getitem__ = __len__ = __iter__
-
-
-@pytest.mark.parametrize("aim", ["onnx", pytest.param("onnx-int8", marks=pytest.mark.slow)])
-def test_no_size_is_chosen_on_test_data(aim, tmp_path):
+@pytest.mark.slow
+def test_no_size_of_8_bits_is_chosen_on_test_data(tmp_path):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     data = compressed(task, LayerPlan(bits=4), tmp_path).read_bytes()
     bench = Workbench(replace(task, test=Untouched("test")))
-    made = prepared(aim, Timing(1), bench)
+    made = prepared("onnx-int8", Timing(1), bench)
     assert made(bench.task, data, Plan({"1": LayerPlan(bits=4)}, Recipe(0.0))).latency > 0
+    assert made.baseline_bytes == prepared("onnx", None, bench).baseline_bytes > 0
 
 
 def test_what_does_not_go_together_is_refused(monkeypatch):

@@ -394,7 +394,7 @@ def test_an_experiment_of_another_study_or_a_deleted_one_is_passed_over(store: t
 def test_home_is_told_once_from_the_thread(store: tuple[str, Path]) -> None:
     told: list[Home] = []
     record = synthetic_study(1, "told")
-    tracker = MlflowTracker(target(*store), on_home=told.append)
+    tracker = MlflowTracker(target(*store), on_home=told.append, writer=LocalWriter(target(*store)))
     tracker.start(record)
     tracker.finish(record, "FAILED")
     assert told == [tracker.home]
@@ -587,16 +587,25 @@ def test_the_writers_process_finds_its_modules_whatever_is_on_the_path(
     assert capfd.readouterr() == ("", "")
 
 
-def test_only_new_and_changed_trials_travel_to_the_process(store: tuple[str, Path]) -> None:
+class Wire:
+    """In the place of the process: keeps what it is sent, and agrees."""
+
+    def __init__(self, sent: list[tuple]) -> None:  # type: ignore[type-arg]
+        self.send, self.receive, self.end = sent.append, lambda: ("done", None), lambda: None
+
+
+def test_only_new_and_changed_trials_travel_to_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sent: list[tuple] = []  # type: ignore[type-arg]
+    monkeypatch.setattr("autocompress.tracking.process._Child", lambda: Wire(sent))
     record = synthetic_study(6, "news")
-    writer = ProcessWriter(target(*store))
+    writer = ProcessWriter(target(default_uri(tmp_path), None))
     writer.open(upto(record, 3), ignore)
     changed = replace(record.trials[1], metric_test=0.25)
     later = replace(record, trials=(record.trials[0], changed, *record.trials[2:]))
-    header, news = writer._news(later)
-    assert header.trials == ()
-    assert [trial.number for trial in news] == [1, 3, 4, 5]
-    writer.close()
+    writer.write(later, {}, None, ignore)
+    for (_, header, news, *_), numbers in zip(sent[1:], ([0, 1, 2], [1, 3, 4, 5]), strict=True):
+        assert header.trials == ()
+        assert [trial.number for trial in news] == numbers
 
 
 def test_the_curve_does_not_depend_on_the_order_of_arrival() -> None:
