@@ -29,6 +29,7 @@ from autocompress.deploy.int8_calibrate import Named, Seen, corrected_bias, rang
 from autocompress.deploy.int8_choose import Group, Plan, chosen, pays
 from autocompress.deploy.int8_graph import int8_graph
 from autocompress.deploy.int8_layers import Layer, layers_of, names_of, own_ranges
+from autocompress.deploy.int8_pools import pooled
 from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
 from autocompress.deploy.recorder import Recorder, structured
 from autocompress.deploy.sessions import Session, session_of
@@ -176,6 +177,7 @@ def write(
 def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str], recorder: Recorder, task: Task) -> Net:
     """The float32 net, observed on the first training examples of a shuffled pass."""
     model, exact = onnx.graph_of(module, inputs, recorder.keywords, names, whole=True)
+    model = pooled(model)
     fixed = own_ranges(model)
     layers = layers_of(model)
     calls = _calibrating(task, list(inputs))
