@@ -118,7 +118,7 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
 
 def _latency(task: Task, fmt: str, file: Path, folder: Path) -> dict[str, Any]:
     """What the manifest says of a call of one example in onnxruntime, beside the float32 model's export."""
-    base = latency.float32(task, task.test, folder, [1])
+    base = latency.float32(task, task.test, folder, [1], 1)
     way = "onnx" if fmt == "mlflow" else fmt
     ((found,),) = latency.in_files(base, {0: file}, way, 1, turns=_TURNS, most=_MOST_SECONDS).values()
     return {

@@ -34,12 +34,12 @@ MOST = {"batch": 65536, "threads": 1024}
 
 @dataclass(frozen=True)
 class Float32:
-    """The float32 model's export, that other files are timed beside, and the inputs: by batch size, and two examples.
-
-    They are passed by name if `keywords`.
+    """The float32 model's export, that other files are timed beside, loaded, and the inputs: by batch size, and two
+    examples. They are passed by name if `keywords`.
     """
 
     file: Path
+    session: Session
     inputs: Mapping[int, Named]
     example: Named
     keywords: bool
@@ -65,7 +65,7 @@ def measure(
     check(batches, threads)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)
-        base = float32(task, task.test, folder, batches)
+        base = float32(task, task.test, folder, batches, threads)
         files: dict[int, Path] = {}
         macs: dict[int, int | None] = {}
         for number, artifact in artifacts.items():
@@ -85,7 +85,7 @@ def check(batches: Sequence[int], threads: int) -> None:
             raise UsageError(f"{what} is {value}, allowed: 1 to {MOST[what]}")
 
 
-def float32(task: Task, data: Any, folder: Path, batches: Sequence[int]) -> Float32:
+def float32(task: Task, data: Any, folder: Path, batches: Sequence[int], threads: int) -> Float32:
     """The float32 model's export in the folder, with the first examples of the data, repeated where there are fewer.
 
     Raises ExportError.
@@ -96,7 +96,7 @@ def float32(task: Task, data: Any, folder: Path, batches: Sequence[int]) -> Floa
     file = folder / "float32.onnx"
     write_file("onnx", folder, recorder, file, slim=False)
     inputs = {size: resized(recorder.first(size), size) for size in batches}
-    return Float32(file, inputs, resized(recorder.first(2), 2), recorder.keywords)
+    return Float32(file, session_of(file, threads), inputs, resized(recorder.first(2), 2), recorder.keywords)
 
 
 def in_files(
@@ -111,7 +111,7 @@ def in_files(
 ) -> dict[int, tuple[Latency, ...]]:
     """By number the latencies of files for the target, one for each of the baseline's batch sizes, all in turns."""
     sessions = {str(number): session_of(file, threads) for number, file in files.items()}
-    sessions["float32"] = session_of(base.file, threads)
+    sessions["float32"] = base.session
     found: dict[int, list[Latency]] = {number: [] for number in files}
     for size, inputs in base.inputs.items():
         calls = {name: _call(session, inputs) for name, session in sessions.items()}

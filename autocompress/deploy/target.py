@@ -59,7 +59,6 @@ class Target:
         self.name, self.timing, self.baseline_bytes = name, timing, baseline_bytes
         self.format = "onnx" if name == "archive" else name
         self.seconds = 0.0
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._base: latency.Float32 | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,7 +97,7 @@ class Target:
                 files[number] = file.rename(file.with_name(f"{number}-{file.name}"))
             if self.timing is None:
                 return metrics, {}
-            base = latency.float32(task, task.test, Path(scratch), [self.timing.batch])
+            base = latency.float32(task, task.test, Path(scratch), [self.timing.batch], self.timing.threads)
             return metrics, latency.in_files(base, files, self.format, self.timing.threads)
 
     def _written(self, task: Task, artifact: Path, folder: Path | None = None) -> tuple[Recorder, Path]:
@@ -120,9 +119,9 @@ class Target:
 
     def _latency(self, task: Task, file: Path, timing: Timing) -> float:
         """The time of a call over the float32 model's."""
-        if self._base is None or self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="autocompress-")
-            self._base = latency.float32(task, task.val, Path(self._scratch.name), [timing.batch])
+        if self._base is None:
+            with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
+                self._base = latency.float32(task, task.val, Path(scratch), [timing.batch], timing.threads)
         return latency.in_files(self._base, {0: file}, self.format, timing.threads, turns=_TURNS)[0][0].ratio
 
 
@@ -152,7 +151,7 @@ def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
             write_file(plain, path, recorder, file, slim=False)
             target.baseline_bytes = file.stat().st_size
         if timing is not None:
-            base = latency.float32(bench.task, bench.task.val, folder, [timing.batch])
+            base = latency.float32(bench.task, bench.task.val, folder, [timing.batch], timing.threads)
             found = latency.in_files(base, {0: base.file}, "onnx", timing.threads)
             target.timing = timing.measured(found[0][0].baseline)
     return target
