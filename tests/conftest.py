@@ -1,8 +1,7 @@
 """One thread for torch: the tests' tensors are small, and two threads on two busy cores only wait for each other.
 
-What libraries do anew each time, with the same result, is done once: half of a small ONNX export is the reading of
-onnxscript's own source and the listing of torch's operators, two thirds of opening a study the loading of Optuna's
-old migrations.
+What libraries do anew each time, with the same result, is done once: an export lists torch's operators, two thirds of
+opening a study are the loading of Optuna's old migrations.
 """
 
 import gc
@@ -23,7 +22,6 @@ def _but_for_env(load):
 
 
 ONCE = {
-    ("onnxscript._framework_apis.torch_2_5", "get_torchlib_ops"): cache,
     ("torch._export.utils", "_materialize_cpp_cia_ops"): cache,
     ("alembic.util.pyfiles", "load_module_py"): _but_for_env,
 }
