@@ -272,12 +272,13 @@ class Workbench:
     def recalibrate(self, model: apply.Compressed) -> None:
         """Count batch normalisation's statistics anew, on the same training batches in every trial.
 
-        Augmentation is left out, since validation has none. The random state stays as it was.
+        They are augmented as those of finetuning are. The random state stays as it was.
         """
         task = self.task
+        augment = task.augment or (lambda inputs: inputs)
         with preserved(seed=0):
             order = batches(task.train, task.batch_size, shuffle_seed=0, device=self.device)
-            recalibrate(model, (x for x, _ in islice(order, BATCHES)))
+            recalibrate(model, (augment(x) for x, _ in islice(order, BATCHES)))
 
     @cached_property
     def _guides(self) -> Any:

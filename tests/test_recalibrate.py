@@ -9,7 +9,7 @@ from test_trial import data, task_of, tree
 from torch import nn
 from torch.nn import functional as F
 
-from autocompress.compress import finetune, recalibrate
+from autocompress.compress import apply, finetune, recalibrate
 from autocompress.plan import LayerPlan, Plan, Recipe, uncompressed
 from autocompress.trial import Budget, Workbench, run_trial
 
@@ -126,3 +126,27 @@ def test_modules_in_training_mode_are_those_that_are_recalibrated():
     finetune._train_mode(net)
     trained = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
     assert trained == list(recalibrate.recalibratable(net)) == [net[7]]
+
+
+def test_inputs_are_augmented_as_those_of_finetuning_are():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 3))
+    seen = []
+
+    def augment(x):
+        seen.append(5 * x + torch.rand(1))
+        return seen[-1]
+
+    bench = Workbench(task_of(lambda: net, augment=augment))
+    plan = Plan({"1": LayerPlan(bits=3)}, Recipe(0.0))
+    found = []
+    random = torch.get_rng_state()
+    for _ in range(2):
+        seen.clear()
+        model = apply.compress(bench.model, bench.layers, plan, bench.svd)
+        bench.recalibrate(model)
+        found.append(model.module[0].running_mean.clone())
+        wanted = torch.stack([x.mean(0) for x in seen]).mean(0)
+        torch.testing.assert_close(found[-1], wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(*found)
+    assert torch.equal(random, torch.get_rng_state())

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.compress.apply import Compressed, call_with
 from autocompress.compress.finetune import is_frozen
 
-BATCHES = 16
+BATCHES = 32
 """Training batches that statistics are counted on."""
 
 
