@@ -130,7 +130,7 @@ def test_modules_in_training_mode_are_those_that_are_recalibrated():
 
 def test_inputs_are_augmented_as_those_of_finetuning_are():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 3))
+    net = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
     seen = []
 
     def augment(x):
