@@ -22,7 +22,7 @@ from autocompress.record import Latency, parse_time
 from autocompress.results import Study, records_of
 from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
-from autocompress.timing import Timing, parse_latency
+from autocompress.timing import BATCHES, Timing, parse_latency, timed_format
 
 if TYPE_CHECKING:
     from autocompress.deploy.target import Target
@@ -459,7 +459,7 @@ def bench(
     task: Task | None = None,
     dir: str | Path | None = None,
     target: str | None = None,
-    batches: Sequence[int] = (1, 32),
+    batches: Sequence[int] = BATCHES,
     threads: int = 1,
 ) -> Study:
     """The study with the latencies of its front's members, measured now in onnxruntime and kept in the record.
@@ -480,7 +480,7 @@ def bench(
         point.check_file()
     artifacts = {number: point.artifact for number, point in points.items()}
     if target is None:
-        target = opened.record.target if opened.record.target in latency.TARGETS else "onnx"
+        target = timed_format(opened.record.target)
     found = latency.measure(opened.required_task(), artifacts, target=target, batches=batches, threads=threads)
     with records.lock(name):
         store = StudyStore.open(records.file(name))

@@ -604,6 +604,7 @@ def _tidy_when_terminated() -> Iterator[None]:
 
 def _bench(options: argparse.Namespace) -> int:
     from autocompress import api, report
+    from autocompress.timing import BATCHES
 
     if options.batch and len(set(options.batch)) < len(options.batch):
         return _fail(f"--batch is {' '.join(map(str, options.batch))}, allowed: each size once", 2)
@@ -614,8 +615,13 @@ def _bench(options: argparse.Namespace) -> int:
     for what in ("task", "baseline", "dim", "data_dir"):
         if getattr(options, what):
             raise UsageError(f"--{what.replace('_', '-')} is for a file; a study knows its own")
-    timed = {"target": options.target, "batches": options.batch or (1, 32), "threads": options.threads}
-    study = api.bench(options.study, dir=options.dir, **timed)
+    study = api.bench(
+        options.study,
+        dir=options.dir,
+        target=options.target,
+        batches=options.batch or BATCHES,
+        threads=options.threads,
+    )
     if options.json:
         print(json.dumps(study.record.to_front_json(), indent=1))
         return 0

@@ -9,6 +9,10 @@ from typing import Any
 
 from autocompress.errors import UsageError
 
+FORMATS = ("onnx", "onnx-int8")
+"""What onnxruntime runs, and so can be timed."""
+BATCHES = (1, 32)
+"""Examples of the calls that `bench` times unless told otherwise."""
 STEPS_PER_OCTAVE = 16
 """Latencies that round to the same step, 4.4 % wide, are equals on a front: closer ones are told apart by noise."""
 
@@ -42,6 +46,11 @@ class Timing:
     def __str__(self) -> str:
         most = "" if self.limit is None else f", at most {self.limit}"
         return f"batch {self.batch}{most}"
+
+
+def timed_format(target: str) -> str:
+    """The format whose file is timed where a search aims at the target: its own if it can be, else ONNX."""
+    return target if target in FORMATS else "onnx"
 
 
 def step(ratio: float) -> float:

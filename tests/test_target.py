@@ -148,6 +148,7 @@ def test_what_a_target_cannot_hold_is_told_by_name():
         with pytest.raises(SpaceError, match=r"sets (bits|threshold) \(layer '0': .*target 'executorch'.*rank"):
             check_holds("executorch", space)
     check_holds("executorch", load_space(target.RANKS_SPACE, bench.layers, bench.rank_errors))
+    check_holds("executorch", load_space({"version": 1, "layers": [{"width": [0.5, 1.0]}]}, bench.layers))
     priced = {"version": 1, "layers": [{"match": "*", "rank": [0.2, 1.0]}], "recipe": {"rate": 0.5}}
     rates = load_space(priced, bench.layers, bench.rank_errors)
     with pytest.raises(SpaceError, match=r"sets (rate|bits)"):

@@ -139,14 +139,17 @@ def test_where_nothing_was_timed_a_limit_says_what_to_do():
     record = study(TRIALS[0], benched, *TRIALS[2:])
     assert pick(record, max_latency="0.6x").number == pick(record, max_latency="1.1ms").number == 1
     assert pick(record, choice="fastest").number == 1
+    assert pick(replace(record, target="executorch"), max_latency="1.1ms").number == 1  # `bench` times its ONNX file
 
 
 def test_the_latest_measurement_counts_where_it_is_of_the_same_call():
     later = Latency("onnx", 1, 1, 0.001, 0.001, 0.001, 0.002, 0.6, 900)
     record = study(SLOW_BASE, replace(FAST, latencies=(later,)), timing=TIMING)
     assert record.latency(record.trials[1]) == 0.6
-    other = replace(FAST, latencies=(replace(later, batch=32), replace(later, target="onnx-int8")))
+    others = replace(later, batch=32), replace(later, threads=2), replace(later, target="onnx-int8")
+    other = replace(FAST, latencies=others)
     assert study(SLOW_BASE, other, timing=TIMING).latency(other) == 0.5
+    assert study(SLOW_BASE, other, timing=TIMING, target="onnx-int8").latency(other) == 0.6
 
 
 def test_it_is_shown(tmp_path):

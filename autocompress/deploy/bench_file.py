@@ -18,11 +18,10 @@ from autocompress.deploy.memory import peak_bytes
 from autocompress.deploy.sessions import session_of
 from autocompress.deploy.turns import TURN_SECONDS, TURNS, in_turns
 from autocompress.deploy.verify import save_inputs
+from autocompress.timing import BATCHES
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
-
-BATCHES = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def bench_onnx(
 ) -> FileBench:
     """The times of an ONNX file with inputs made up from its graph, in turns with `baseline`'s if that is given.
 
-    `batches`: `BATCHES`, or the one size that the file takes. `lengths` and errors as in `made_up`; ExportError for a
-    file that onnxruntime does not load or run, UsageError for batch sizes and threads beyond `latency.MOST`.
+    `batches`: `timing.BATCHES`, or the one size that the file takes. `lengths` and errors as in `made_up`; ExportError
+    for a file that onnxruntime does not load or run, UsageError for batch sizes and threads beyond `latency.MOST`.
     """
     latency.check(batches or BATCHES, threads)
     files = {"": file, **({"baseline": baseline} if baseline else {})}

@@ -22,12 +22,11 @@ from autocompress.deploy.verify import save_inputs
 from autocompress.errors import UsageError
 from autocompress.record import Latency
 from autocompress.tasks.batches import call_model, first_batch, to_device
+from autocompress.timing import BATCHES, FORMATS
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-TARGETS = ("onnx", "onnx-int8")
-"""Formats that can be timed, in onnxruntime."""
 MOST = {"batch": 65536, "threads": 1024}
 """The largest values allowed."""
 
@@ -50,7 +49,7 @@ def measure(
     artifacts: Mapping[int, Path],
     *,
     target: str = "onnx",
-    batches: Sequence[int] = (1, 32),
+    batches: Sequence[int] = BATCHES,
     threads: int = 1,
     turns: int = TURNS,
     seconds: float = TURN_SECONDS,
@@ -58,10 +57,10 @@ def measure(
     """By trial the latencies of its artifact's file for the target in onnxruntime, one for each batch size.
 
     Inputs are the first test examples, repeated where there are fewer. Raises ExportError for what cannot be
-    exported or run, UsageError for a target that is not one of `TARGETS` and as `check`.
+    exported or run, UsageError for a target that is not one of `FORMATS` and as `check`.
     """
-    if target not in TARGETS:
-        raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
+    if target not in FORMATS:
+        raise UsageError(f"target is {target!r}, allowed: {', '.join(FORMATS)}")
     check(batches, threads)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)

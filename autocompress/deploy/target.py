@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 TARGETS = ("archive", "onnx", "onnx-int8", "executorch", "executorch-int8")
 """The formats that a search can aim at. A .pt2 file and an MLflow model hold their weights as they are."""
 RANKS_ONLY = frozenset({"executorch", "executorch-int8"})
-"""Targets whose files hold weights of one width: what prunes weights or gives them fewer levels saves nothing."""
+"""Targets whose files hold all weights in the same bits: fewer weights save bytes (ranks, and units that go), zeros and
+fewer levels nothing."""
 RANKS_SPACE = "lowrank_only"
 """The space that is searched for them where none is named."""
 FAST_SPACE = "fast"
@@ -204,7 +205,7 @@ def check_holds(target: str, space: Space) -> None:
         for option, value in _beyond_ranks(layer):
             raise SpaceError(
                 f"the search space sets {option} (layer {name or 'model'!r}: {value}), of which a file of the target "
-                f"{target!r} gets no smaller; allowed there: rank, scheme, svd (as in the space {RANKS_SPACE!r})"
+                f"{target!r} gets no smaller; allowed there: rank, width, scheme, svd (as in the space {RANKS_SPACE!r})"
             )
     if plan.recipe.rate:
         raise SpaceError(f"the search space sets rate ({plan.recipe.rate:g}), of which a file of the target {target!r} "
