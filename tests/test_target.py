@@ -13,7 +13,7 @@ from test_trial import task_of
 from torch import nn
 
 from autocompress.compress.artifact import load
-from autocompress.deploy import target
+from autocompress.deploy import latency, target
 from autocompress.deploy.export import export
 from autocompress.deploy.target import Target, check_holds, check_target, prepared
 from autocompress.deploy.verify import runner
@@ -81,14 +81,16 @@ def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, m
     assert Target("onnx")(task, data, plan).metric_val is None
 
 
-def test_a_call_is_timed_beside_the_float32_model(tmp_path):
+def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch):
     torch.manual_seed(0)
+    asked, float32 = [], latency.float32
+    monkeypatch.setattr(latency, "float32", lambda *given: asked.append(given[-1]) or float32(*given))
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 5))
     task = make_task(wide.eval(), (torch.randn(40, 1, 8, 8),))
     bench = Workbench(task)
     layers = {spec.name: LayerPlan() for spec in bench.layers}
     short = Plan({**layers, "3": LayerPlan(rank=20)}, Recipe(0.0))
-    made = prepared("archive", Timing(1), bench)
+    made = prepared("archive", Timing(3), bench)
     assert made.baseline_bytes == 0
     assert 1e-5 < made.timing.baseline < 1
     (outcome,) = run_trial(bench, short, Budget((0.0,)), effort="fast", deployed=pickle.loads(pickle.dumps(made)))
@@ -99,9 +101,11 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path):
     path = tmp_path / "a.acz"
     path.write_bytes(outcome.artifact)
     metrics, latencies = made.tested(task, {7: path})
-    assert metrics == {7: pytest.approx(evaluate(task, load(path), "test"))}
-    assert latencies[7][0].key == ("onnx", 1, 1)
+    assert metrics == {}  # those of an archive are its model's
+    assert latencies[7][0].key == ("onnx", 3, 1)
     assert latencies[7][0].ratio < 0.7
+    assert asked == [[1], [3], [3], [3]]  # in the export that is verified, before the search, in a trial, at the end
+    assert Target("onnx").tested(task, {7: path}) == ({7: pytest.approx(evaluate(task, load(path), "test"))}, {})
 
 
 def test_a_trial_measures_it_at_each_rung(monkeypatch):

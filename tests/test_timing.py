@@ -195,7 +195,12 @@ def test_samplers_take_three_objectives_and_the_limit(tmp_path, sampler):
     for told, mine in zip(loaded.trials, record.trials, strict=True):
         assert told.values == [mine.best.size_bytes, mine.best.metric_val, mine.best.latency]
         assert told.constraints == {"latency": pytest.approx(mine.best.latency - 0.5)}
-    begin(StudyStore.open(made.file), 16).propose()  # what is there is given to a sampler again
+    again = begin(StudyStore.open(made.file), 16)
+    again.propose()  # what is there is given to a sampler again
+    for store in (made, again):
+        told = [trial for trial in store._memory.trials if trial.values]
+        assert len(told) == 14
+        assert all(trial.constraints == {"latency": trial.values[2] - 0.5} for trial in told)
 
 
 def test_settings_come_back(tmp_path):
