@@ -87,6 +87,13 @@ def test_inputs_that_cannot_be_made_up_are_named():
         made_up([Input("text", "tensor(string)", ("batch",))], 1, {})
     with pytest.raises(UsageError, match="batch is 2, allowed: 4, which the file fixes"):
         made_up([Input("x", "tensor(float)", (4, 3))], 2, {})
+    with pytest.raises(UsageError, match="dim is batch=3, but that axis is the batch: --batch says how long it is"):
+        made_up([ids], 1, {"sequence": 2, "batch": 3})
+    table = Input("table", "tensor(float)", ("rows", 3))
+    assert {k: v.shape for k, v in made_up([ids, table], 2, {"sequence": 5, "rows": 4}).items()} == {
+        "ids": (2, 5),
+        "table": (4, 3),
+    }
     assert fixed_batch([Input("x", "tensor(float)", (4, 3)), ids]) is None
     assert fixed_batch([Input("rate", "tensor(float)", ())]) is None
 
@@ -207,6 +214,8 @@ def test_a_file_wins_over_a_study_of_its_name(fast, tmp_path, capsys, monkeypatc
         (["a.onnx", "--target", "onnx"], "--target is 'onnx', but 'a.onnx' is no archive"),
         (["a.onnx", "--dim", "x"], "'x' is not NAME=N"),
         (["a.onnx", "--dim", "x=0"], "'x=0' is not NAME=N"),
+        (["a.onnx", "--dim", "sequence=2"], "dim is sequence=2, allowed: the free axes batch"),
+        (["a.onnx", "--dim", "batch=2"], "dim is batch=2, but that axis is the batch"),
         (["a.onnx", "--threads", "0"], "threads is 0, allowed: 1 to 1024"),
         (["a.onnx", "--batch", "1", "1"], "allowed: each size once"),
         (["b.acz"], "'b.acz' is an archive: say with --task what makes its model"),

@@ -62,6 +62,7 @@ def test_a_size_is_that_of_the_exported_file_and_not_chosen_on_test_data(tmp_pat
 def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, monkeypatch):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     data = compressed(task, LayerPlan(bits=8), tmp_path).read_bytes()
+    task = replace(task, test=Untouched("test"))
     plan = Plan({name: LayerPlan(bits=8) for name in ("1", "3")}, Recipe(0.0))
     made = Target("onnx-int8")
     found = made(task, data, plan)
@@ -87,6 +88,7 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "float32", lambda *given: asked.append(given[-1]) or float32(*given))
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 5))
     task = make_task(wide.eval(), (torch.randn(40, 1, 8, 8),))
+    task = replace(task, test=(task.val[0], (task.val[1] + 1) % 5))
     bench = Workbench(task)
     layers = {spec.name: LayerPlan() for spec in bench.layers}
     short = Plan({**layers, "3": LayerPlan(rank=20)}, Recipe(0.0))
@@ -105,6 +107,7 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch):
     assert latencies[7][0].key == ("onnx", 3, 1)
     assert latencies[7][0].ratio < 0.7
     assert asked == [[1], [3], [3], [3]]  # in the export that is verified, before the search, in a trial, at the end
+    assert evaluate(task, load(path), "test") != evaluate(task, load(path), "val")
     assert Target("onnx").tested(task, {7: path}) == ({7: pytest.approx(evaluate(task, load(path), "test"))}, {})
 
 

@@ -74,7 +74,7 @@ def measure(
             details = write_file(target, artifact, recorder, files[number], task=task)
             macs[number] = details.get("cut", {}).get("macs")
         found = in_files(base, files, target, threads, turns=turns, seconds=seconds)
-        return with_memory(base, files, found, macs)
+        return _with_memory(base, files, found, macs, threads)
 
 
 def check(batches: Sequence[int], threads: int) -> None:
@@ -124,32 +124,23 @@ def in_files(
     return {number: tuple(latencies) for number, latencies in found.items()}
 
 
-def with_memory(
+def _with_memory(
     base: Float32,
     files: Mapping[int, Path],
     found: Mapping[int, Sequence[Latency]],
     macs: Mapping[int, int | None],
+    threads: int,
 ) -> dict[int, tuple[Latency, ...]]:
-    """The latencies with peak memory of the files and the baseline, and MACs."""
-    held: dict[tuple[int, int], tuple[int | None, int | None]] = {}
-    for size, inputs in base.inputs.items():
-        save_inputs(base.file.parent, "timed", inputs)
-        stored = base.file.parent / "timed.inputs.npz"
-        for threads in {latency.threads for latencies in found.values() for latency in latencies}:
-            whole = peak_bytes(base.file, stored, threads)
-            held |= {(number, size): (peak_bytes(file, stored, threads), whole) for number, file in files.items()}
-    return {
-        number: tuple(
-            replace(
-                one,
-                memory_bytes=held[number, one.batch][0],
-                baseline_memory_bytes=held[number, one.batch][1],
-                macs=macs.get(number),
-            )
-            for one in latencies
-        )
-        for number, latencies in found.items()
-    }
+    """The latencies of `in_files` with peak memory of the files and the baseline, and MACs."""
+    full: dict[int, list[Latency]] = {number: [] for number in files}
+    for place, inputs in enumerate(base.inputs.values()):
+        stored = save_inputs(base.file.parent, "timed", inputs)
+        whole = peak_bytes(base.file, stored, threads)
+        for number, file in files.items():
+            held = peak_bytes(file, stored, threads)
+            one = replace(found[number][place], memory_bytes=held, baseline_memory_bytes=whole, macs=macs[number])
+            full[number].append(one)
+    return {number: tuple(latencies) for number, latencies in full.items()}
 
 
 def resized(inputs: Named, size: int) -> Named:
