@@ -318,7 +318,7 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool, timed: boo
         _log.warning("inputs of %s keep 32 bits: no example reaches them, or their parent computes by itself", names)
     found, whole = preflight.where_cut(found, bench)
     if whole:
-        _log.info("%s", preflight.keep_all(whole))
+        _log.info("%s", preflight.kept_whole(whole))
     preflight.check_space(found, bench)
     check_holds(target, found)
     return found

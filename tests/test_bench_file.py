@@ -1,6 +1,7 @@
 """`bench FILE`: inputs from a graph's own shapes, times, peak memory, MACs, and what is refused."""
 
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -109,6 +110,16 @@ def test_memory_grows_by_what_a_call_holds(tmp_path):
         np.savez(tmp_path / "in.npz", **{"arg.x": np.ones((batch, 1), np.float32), "arg.other": np.ones(1)})
         held[batch] = peak_bytes(file, tmp_path / "in.npz")
     assert 0.9 * 64e6 < held[17] - held[1] < 2.2 * 64e6
+
+
+def test_what_was_held_before_does_not_count(tmp_path, capsys):
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system forgets no peak")
+    np.savez(tmp_path / "in.npz", **{"arg.x": np.ones((17, 1), np.float32)})
+    file = product(tmp_path / "wide.onnx", 1, 1_000_000)
+    assert np.ones(40_000_000).sum() == 4e7  # 320 MB that are gone again
+    assert memory.main([str(file), str(tmp_path / "in.npz"), "1"]) == 0
+    assert 0.9 * 68e6 < json.loads(capsys.readouterr().out) < 2.2 * 68e6
 
 
 def test_a_file_that_does_not_run_there_is_one_line(tmp_path):

@@ -180,7 +180,7 @@ def compress(
         before = _kept(start.plan, specs, units)
         _take_over(module, specs, start)
         _bring_back(module, model, before, kept)
-        moved = frozenset(name for name in {*before.rows, *kept.rows} if not before.same_rows(kept, name))
+        moved = before.differing(kept)
     keys: dict[str, LayerSpec] = {}
     for spec in specs:
         layer = plan.layers[spec.name]
@@ -188,7 +188,9 @@ def compress(
         if layer.rank is None:
             keys[f"{prefix}weight"] = spec
         else:
-            begun = start if start is None or spec.name not in moved else replace(start, plan=uncompressed(specs))
+            begun = start
+            if start is not None and spec.name in moved:  # its factors are of other rows: they are made anew
+                begun = replace(start, plan=uncompressed(specs))
             module = _factorise(module, spec, layer, made, begun, rows=kept.rows.get(spec.name))
             keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
@@ -355,7 +357,7 @@ def _code(
     weight, layer = module.get_parameter(key), plan.layers[key]
     stays = rows[key].to(weight.device) if key in rows else None
     if is_rated(plan, layer):
-        return _rated(weight, layer, learned, key, prepared, stays)
+        return _rated(weight, layer, learned, key, prepared, rows=stays)
     return Code(weight, layer, learned, key, prepared, rows=stays)
 
 
@@ -364,12 +366,13 @@ def is_rated(plan: Plan, layer: LayerPlan) -> bool:
     return plan.recipe.rate > 0 and 2 <= layer.bits <= 8
 
 
-def _rated(  # noqa: PLR0917
+def _rated(
     weight: Tensor,
     layer: LayerPlan,
     learned: Mapping[str, Tensor],
     key: str,
     prepared: solve.Prepared | None,
+    *,
     rows: Tensor | None,
 ) -> RatedCode:
     """A weight's code under a rate: what lies below the threshold starts at zero, the step is the least squares one."""
