@@ -339,9 +339,8 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
     for name, trial in name_points(record):
         say(f"{name:<9} {report.trial_summary(record, trial)}")
     goal = ""
-    limits = {"max_drop": options.max_drop, "max_size": options.max_size, "max_latency": None}
-    if record.timing is not None:
-        limits["max_latency"] = record.timing.limit
+    max_latency = None if record.timing is None else record.timing.limit
+    limits = {"max_drop": options.max_drop, "max_size": options.max_size, "max_latency": max_latency}
     if record.front and any(limits.values()):
         given = {name.replace("_", "-"): value for name, value in limits.items() if value}
         goal = "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items())

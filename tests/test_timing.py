@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -13,18 +14,22 @@ from test_cli import done, fail, work  # noqa: F401 (fixtures)
 from test_pareto import beats
 from test_record import BASE, TRIALS, study, trial
 from test_study import begin, settings
+from test_trial import task_of
 
-from autocompress import report
+from autocompress import api, report
 from autocompress.deploy.target import check_target
-from autocompress.errors import UsageError
+from autocompress.errors import StudyError, UsageError
+from autocompress.folders import Records
 from autocompress.plan import Measurement
 from autocompress.record import Latency, fastest_of, name_points
 from autocompress.results import pick
 from autocompress.search.samplers import OPTUNA
+from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
 from autocompress.timing import STEPS_PER_OCTAVE, Timing, parse_latency, ratio_of, step
 from autocompress.tracking.runs import trial_run
 from autocompress.tracking.view import view_state
+from autocompress.trial import Workbench
 
 
 def timed(given, latency):
@@ -218,6 +223,49 @@ def test_targets_that_cannot_be_timed_are_refused():
     with pytest.raises(UsageError, match="batch is 0, allowed: 1 to"):
         check_target("onnx", timing=Timing(0))
     check_target("archive", timing=Timing(32))
+
+
+def test_what_is_asked_for_is_what_is_timed():
+    assert api._timing(None, None) is None
+    assert api._timing(32, None) == Timing(32)
+    assert api._timing(None, 0.7) == api._timing(1, "0.7x") == Timing(limit="0.7x")
+    assert api._timing(8, "2ms") == Timing(8, limit="2ms")
+    with pytest.raises(UsageError, match="max-latency is 'quick'"):
+        api._timing(None, "quick")
+
+
+def test_a_study_goes_on_with_its_own_latency():
+    old = replace(settings(), timing=Timing(8, limit="2ms").measured(0.01))
+    api._same_study(old, replace(old, timing=Timing(8, limit="2ms").measured(0.02)))  # measured when it began
+    for timing, said in ((Timing(8, limit="3ms"), "at most 3ms"), (Timing(1, limit="2ms"), "batch 1"), (None, "None")):
+        with pytest.raises(StudyError, match=rf"exists with latency batch 8, at most 2ms, not .*{said}"):
+            api._same_study(old, replace(old, timing=timing))
+
+
+def test_the_space_that_is_searched_for_time():
+    bench = Workbench(task_of())
+
+    def named(space=None, target="onnx", along=False, timed=True):
+        return api._space(space, bench, target, along=along, timed=timed).source
+
+    def read(name):
+        return load_space(name, bench.layers, bench.rank_errors).source
+
+    assert named() == read("fast")
+    assert named(timed=False) == read("default")
+    assert named("prune_only") == read("prune_only")
+    assert named(along=True) == read("continuation")
+
+
+def test_latencies_are_kept_before_what_says_that_a_trial_is_measured(monkeypatch, tmp_path):
+    """Of a search that is killed in between, `resume` measures both again."""
+    record = study(SLOW_BASE, replace(FAST, artifact="mine/1.acz"), timing=TIMING)
+    monkeypatch.setattr(api, "records_of", lambda records, store: record)
+    kept = []
+    store = SimpleNamespace(note_latencies=lambda found: kept.append(("latencies", found)), note_tests=kept.append)
+    aim = SimpleNamespace(tested=lambda task, files: (dict.fromkeys(files, 0.5), {n: (str(files[n]),) for n in files}))
+    api._measure_front(store, Records(tmp_path), None, None, aim)
+    assert kept == [("latencies", {1: (str(Records(tmp_path).root / "mine/1.acz"),)}), {1: 0.5}]
 
 
 def test_mistakes_show_at_once(fail, work):  # noqa: F811

@@ -52,7 +52,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Wiring:
-    """The groups of a model, and for each layer the place of that which its outputs are, and of that which it reads."""
+    """The groups of a model, and by layer the place of that which its outputs are, and of that which it reads.
+
+    `problem` says why a model has none.
+    """
 
     groups: tuple[Group, ...]
     outputs: Mapping[str, int]
