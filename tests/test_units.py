@@ -290,10 +290,22 @@ def test_a_model_that_cannot_be_traced_keeps_all_units_and_says_so():
     assert preflight.kept_whole(whole).startswith("all units stay of 'a', 'b': Untraceable cannot be exported")
 
 
-def test_units_that_an_export_would_keep_stay():
-    bench = Workbench(task_of(Closed, data), "cpu")
-    why = {spec.name: bench.units.why(spec) for spec in bench.layers}
-    assert {name for name, reason in why.items() if reason} == {"gate", "free", "one"}
+class Bottleneck(nn.Module):
+    """All goes through one unit: without it nothing would be read, and anything could go."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.after = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=1)
+        self.one, self.head = nn.Linear(32, 1), nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.head(self.one(self.after(torch.sigmoid(self.gate(x.unsqueeze(1)))).flatten(1)))
+
+
+@pytest.mark.parametrize(("model", "whole"), [(Closed, {"gate", "free", "one"}), (Bottleneck, {"gate", "one", "head"})])
+def test_units_that_an_export_would_keep_stay(model, whole):
+    bench = Workbench(task_of(model, data), "cpu")
+    assert {spec.name for spec in bench.layers if bench.units.why(spec)} == whole
 
 
 class Joined(nn.Module):

@@ -74,9 +74,8 @@ class Compressed:
         return {name: found.grid() for name, found in self.ranges.items()}
 
     def substitutes(self) -> dict[str, Tensor]:
-        """By state key the weights of all codes, shared ones under each of their names, and parameters that are
-        shortened or zero in places.
-        """
+        """By state key what the model computes with: the weights of all codes, shared ones under each of their names,
+        and parameters that are shortened or zero in places."""
         values = {key: code.values() for key, code in self.codes.items()}
         if self.fast_layout:
             values = {key: in_fast_layout(value) for key, value in values.items()}
@@ -257,7 +256,7 @@ def _bring_back(module: nn.Module, model: nn.Module, before: Kept, now: Kept) ->
 
 def _last(keys: Mapping[str, LayerSpec]) -> list[tuple[str, LayerSpec]]:
     """Of the keys of each layer the last: that of the weight, or of the factor, whose rows are the layer's outputs."""
-    return [(key, spec) for key, spec in {spec.name: (key, spec) for key, spec in keys.items()}.values()]
+    return list({spec.name: (key, spec) for key, spec in keys.items()}.values())
 
 
 def _without(module: nn.Module, plan: Plan, kept: Kept) -> dict[str, Tensor]:
