@@ -18,11 +18,11 @@ from autocompress import report
 from autocompress.errors import StudyBusy, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.origins import load_origin, origin_of
-from autocompress.record import Latency, parse_time
+from autocompress.record import parse_time
 from autocompress.results import Study, records_of
 from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
-from autocompress.timing import Timing, parse_latency
+from autocompress.timing import BATCHES, Timing, parse_latency, timed_format
 
 if TYPE_CHECKING:
     from autocompress.deploy.target import Target
@@ -295,7 +295,7 @@ def _search(
             if left:
                 trial = partial(run_trial, effort=settings.effort, deployed=aim)
                 engine.run(task, session, cluster, left, settings.rungs, trial=trial, states=settings.inherit)
-            _note_tests(store, records, task, bench, aim)
+            _measure_front(store, records, task, bench, aim)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
 
@@ -318,7 +318,7 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool, timed: boo
         _log.warning("inputs of %s keep 32 bits: no example reaches them, or their parent computes by itself", names)
     found, whole = preflight.where_cut(found, bench)
     if whole:
-        _log.info("%s", preflight.keep_all(whole))
+        _log.info("%s", preflight.kept_whole(whole))
     preflight.check_space(found, bench)
     check_holds(target, found)
     return found
@@ -413,10 +413,11 @@ def _tracked(session: Session) -> Iterator[None]:
             _log.warning("%s; when it is back, run: autocompress sync %s", session.tracker.problem, study)
 
 
-def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbench, aim: Target) -> None:
+def _measure_front(store: StudyStore, records: Records, task: Task, bench: Workbench, aim: Target) -> None:
     """Measure the front's members and the baseline on the test split, once each, and their latencies where these count.
 
-    Members of a front of another target than the archive are run in that target's runtime.
+    Members of a front of another target than the archive are run in that target's runtime. Latencies are kept first:
+    what has a test metric is not measured again.
     """
     from autocompress.compress.artifact import load
     from autocompress.session import untested
@@ -429,17 +430,12 @@ def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbenc
         if trial.artifact is None:
             raise StudyError(f"the artifact of trial {trial.number} is missing from {str(records.root)!r}")
     artifacts = {trial.number: records.root / trial.artifact for trial in left if trial.artifact}
-    metrics: dict[int, float] = {}
-    latencies: dict[int, tuple[Latency, ...]] = {}
-    if aim.name != "archive" or aim.timing is not None:
-        metrics, latencies = aim.tested(task, {n: path for n, path in artifacts.items() if n})
-    if aim.name == "archive":
-        metrics = {}
+    metrics, latencies = aim.tested(task, {n: path for n, path in artifacts.items() if n})
     for number in artifacts.keys() - metrics.keys():
         metrics[number] = evaluate(task, load(artifacts[number], model=task.model).to(bench.device), "test")
-    store.note_tests(dict(sorted(metrics.items())))
     if latencies:
         store.note_latencies(latencies)
+    store.note_tests(dict(sorted(metrics.items())))
 
 
 def _timing(latency: int | None, max_latency: str | float | None) -> Timing | None:
@@ -459,7 +455,7 @@ def bench(
     task: Task | None = None,
     dir: str | Path | None = None,
     target: str | None = None,
-    batches: Sequence[int] = (1, 32),
+    batches: Sequence[int] = BATCHES,
     threads: int = 1,
 ) -> Study:
     """The study with the latencies of its front's members, measured now in onnxruntime and kept in the record.
@@ -480,7 +476,7 @@ def bench(
         point.check_file()
     artifacts = {number: point.artifact for number, point in points.items()}
     if target is None:
-        target = opened.record.target if opened.record.target in latency.TARGETS else "onnx"
+        target = timed_format(opened.record.target)
     found = latency.measure(opened.required_task(), artifacts, target=target, batches=batches, threads=threads)
     with records.lock(name):
         store = StudyStore.open(records.file(name))

@@ -339,9 +339,8 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
     for name, trial in name_points(record):
         say(f"{name:<9} {report.trial_summary(record, trial)}")
     goal = ""
-    limits = {"max_drop": options.max_drop, "max_size": options.max_size, "max_latency": None}
-    if record.timing is not None:
-        limits["max_latency"] = record.timing.limit
+    max_latency = None if record.timing is None else record.timing.limit
+    limits = {"max_drop": options.max_drop, "max_size": options.max_size, "max_latency": max_latency}
     if record.front and any(limits.values()):
         given = {name.replace("_", "-"): value for name, value in limits.items() if value}
         goal = "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items())
@@ -604,6 +603,7 @@ def _tidy_when_terminated() -> Iterator[None]:
 
 def _bench(options: argparse.Namespace) -> int:
     from autocompress import api, report
+    from autocompress.timing import BATCHES
 
     if options.batch and len(set(options.batch)) < len(options.batch):
         return _fail(f"--batch is {' '.join(map(str, options.batch))}, allowed: each size once", 2)
@@ -614,8 +614,13 @@ def _bench(options: argparse.Namespace) -> int:
     for what in ("task", "baseline", "dim", "data_dir"):
         if getattr(options, what):
             raise UsageError(f"--{what.replace('_', '-')} is for a file; a study knows its own")
-    timed = {"target": options.target, "batches": options.batch or (1, 32), "threads": options.threads}
-    study = api.bench(options.study, dir=options.dir, **timed)
+    study = api.bench(
+        options.study,
+        dir=options.dir,
+        target=options.target,
+        batches=options.batch or BATCHES,
+        threads=options.threads,
+    )
     if options.json:
         print(json.dumps(study.record.to_front_json(), indent=1))
         return 0

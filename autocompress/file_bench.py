@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autocompress.errors import UsageError
+from autocompress.timing import BATCHES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,21 +45,19 @@ def bench_file(
         raise UsageError(f"{str(file)!r} is neither an archive nor a file that ends in .onnx")
     if baseline is not None and not Path(baseline).is_file():
         raise UsageError(f"file {str(baseline)!r} of --baseline does not exist")
-    from autocompress.deploy import bench_file as timing
+    from autocompress.deploy.bench_file import bench_archive, bench_onnx
 
     if task is None:
         beside = None if baseline is None else Path(baseline)
-        return timing.bench_onnx(path, baseline=beside, batches=batches, threads=threads, lengths=lengths)
+        return bench_onnx(path, baseline=beside, batches=batches, threads=threads, lengths=lengths)
     from autocompress.deploy import latency
     from autocompress.origins import load_origin, origin_of
     from autocompress.tasks.checking import check_task
 
-    latency.check(batches or timing.BATCHES, threads)
+    latency.check(batches or BATCHES, threads)
     loaded = load_origin(origin_of(task, data_dir))
     check_task(loaded)
-    return timing.bench_archive(
-        path, loaded, target=target or "onnx", batches=batches or timing.BATCHES, threads=threads
-    )
+    return bench_archive(path, loaded, target=target or "onnx", batches=batches or BATCHES, threads=threads)
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ from autocompress.compress.finetune import check_precision, finetune
 from autocompress.errors import PlanError, SpaceError
 from autocompress.plan import FLOAT_BITS, LayerSpec, check
 from autocompress.search.continuation import STEPS
-from autocompress.search.space import Space, ladder, listed, mildest
+from autocompress.search.space import LayerSettings, Space, ladder, listed, mildest
 from autocompress.tasks.batches import evaluate
 from autocompress.trial import Workbench
 
@@ -171,20 +171,21 @@ def where_cut(space: Space, bench: Workbench) -> tuple[Space, dict[str, str]]:
     """
     if not any(layer.width != 1.0 for layer in space.layers):
         return space, {}
-    layers = {layer.spec.name: layer for layer in space.layers}
-    because = {layer.spec.label: bench.units.why(layer.spec) for layer in space.layers}
+    layers: dict[str, LayerSettings] = {}
+    because: dict[str, str] = {}
     for layer in space.layers:
-        if because[layer.spec.label]:
-            layers[layer.spec.name] = replace(layer, width=1.0)
+        why = bench.units.why(layer.spec)
+        layers[layer.spec.name] = replace(layer, width=1.0) if why else layer
+        if why and layer.width != 1.0:
+            because[layer.spec.label] = why
     for group in bench.units.wiring.groups:
         if not group.why:
             shared = mildest(f"{layers[group.layers[0]].spec.label}.width", [layers[n].width for n in group.layers])
             layers |= {name: replace(layers[name], width=shared) for name in group.layers}
-    kept = {layer.spec.label: because[layer.spec.label] for layer in space.layers if layer.width != 1.0}
-    return replace(space, layers=tuple(layers.values())), {label: why for label, why in kept.items() if why}
+    return replace(space, layers=tuple(layers.values())), because
 
 
-def keep_all(whole: Mapping[str, str]) -> str:
+def kept_whole(whole: Mapping[str, str]) -> str:
     """What `where_cut` tells, on one line: labels, and why these layers keep all units."""
     by_why: dict[str, list[str]] = {}
     for label, why in whole.items():

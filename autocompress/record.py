@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from autocompress import pareto
 from autocompress.errors import UsageError
 from autocompress.plan import LayerSpec, Measurement, Plan
-from autocompress.timing import Timing, parse_latency, ratio_of, step
+from autocompress.timing import Timing, parse_latency, ratio_of, step, timed_format
 
 STATES = ("running", "complete", "stopped", "failed")
 
@@ -172,12 +172,15 @@ class StudyRecord:
         Where latency is no objective, of the target's (else the ONNX) file for one example on one thread. None where
         it was not measured.
         """
-        timing = self.timing or Timing()
-        targets = (self.target,) if self.target not in ("archive", "mlflow") else ("onnx",)
-        for found in trial.latencies:
-            if found.target in targets and (found.batch, found.threads) == (timing.batch, timing.threads):
-                return found.ratio
+        if (found := self._benched(trial)) is not None:
+            return found.ratio
         return None if trial.best is None else trial.best.latency
+
+    def _benched(self, trial: TrialRecord) -> Latency | None:
+        """What `bench` measured of the call that counts."""
+        timing = self.timing or Timing()
+        key = timed_format(self.target), timing.batch, timing.threads
+        return next((found for found in trial.latencies if found.key == key), None)
 
     def drop(self, trial: TrialRecord) -> float:
         """How much worse than the baseline's the trial's validation metric is, in the metric's units."""
@@ -239,8 +242,7 @@ class StudyRecord:
         if max_latency is None:
             return None
         parse_latency(max_latency)
-        timed = [t for t in self.front if self.latency(t) is not None]
-        if not timed:
+        if all(self.latency(t) is None for t in self.front):
             raise UsageError(
                 f"max-latency is {max_latency!r}, and study {self.study!r} has no latencies: measure them with "
                 f"autocompress bench {self.study}, or search with --latency"
@@ -251,9 +253,7 @@ class StudyRecord:
         """Seconds of a call of the float32 model."""
         if self.timing is not None:
             return self.timing.baseline
-        return next(
-            found.baseline for t in self.front for found in t.latencies if (found.batch, found.threads) == (1, 1)
-        )
+        return next(found.baseline for t in self.front if (found := self._benched(t)) is not None)
 
     def metric_limit(self, max_drop: str | float | None) -> float | None:
         """`max_drop` in the metric's units. "1%" is a point (0.01) for a metric that is a fraction
@@ -381,10 +381,10 @@ def best_of(record: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord:
 
 def fastest_of(record: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord:
     """The one of the least latency, the smallest of equals. Raises UsageError where none was measured."""
-    timed = [trial for trial in trials if record.latency(trial) is not None]
-    if not timed:
+    found = [(latency, t) for t in trials if (latency := record.latency(t)) is not None]
+    if not found:
         raise UsageError(f"study {record.study!r} has no latencies: autocompress bench {record.study} measures them")
-    return min(timed, key=lambda t: (record.latency(t) or 0.0, t.best.size_bytes if t.best else 0))
+    return min(found, key=lambda pair: (pair[0], pair[1].best.size_bytes if pair[1].best else 0))[1]
 
 
 def name_points(record: StudyRecord) -> Iterable[tuple[str, TrialRecord]]:

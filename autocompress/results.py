@@ -29,6 +29,9 @@ from autocompress.tasks.task import Task
 if TYPE_CHECKING:
     from torch import nn
 
+CHOICES = ("knee", "smallest", "fastest", "best")
+"""The members of a front that have a name, beside trial=N."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -262,11 +265,11 @@ def pick(
         if number not in members:
             raise UsageError(f"pick is {choice!r}, allowed: trials on the front: {', '.join(sorted(members, key=int))}")
         if max_drop is not None or max_size is not None or max_latency is not None:
-            known = "knee, smallest, fastest, best"
+            known = ", ".join(CHOICES)
             raise UsageError(f"pick is {choice!r}, allowed with max-drop, max-size and max-latency: {known}")
         return members[number]
-    if choice not in ("knee", "smallest", "fastest", "best"):
-        raise UsageError(f"pick is {choice!r}, allowed: knee, smallest, fastest, best, trial=N")
+    if choice not in CHOICES:
+        raise UsageError(f"pick is {choice!r}, allowed: {', '.join(CHOICES)}, trial=N")
     drop = record.metric_limit(max_drop)
     size = None if max_size is None else parse_size(max_size)
     latency = record.latency_limit(max_latency)

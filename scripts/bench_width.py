@@ -18,10 +18,11 @@ from pathlib import Path
 
 from autocompress.compress.artifact import load
 from autocompress.compress.layers import macs_of
-from autocompress.deploy.latency import TARGETS, measure
+from autocompress.deploy.latency import measure
 from autocompress.plan import LayerPlan, Plan, Recipe, uncompressed
 from autocompress.tasks.batches import evaluate
 from autocompress.tasks.loading import load_task
+from autocompress.timing import FORMATS
 from autocompress.trial import Budget, Workbench, run_trial
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--distillation", type=float, default=0.5)
     parser.add_argument("--saliency", default="activation")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=FORMATS, default=list(FORMATS))
     options = parser.parse_args()
     task = load_task(options.task)
     bench = Workbench(task)

@@ -41,13 +41,14 @@ def test_estimate_grows_with_trials_and_leaves_the_task_alone(bench):
     threads = torch.get_num_threads()
     space = load_space(None, bench.layers)
 
-    def ask(trials: int) -> preflight.Preflight:
+    def ask(trials: int, **more: float) -> preflight.Preflight:
         return preflight.preflight(
-            bench, space, trials=trials, workers=1, threads=1, epochs=2.0, rungs=3, startup=False
+            bench, space, trials=trials, workers=1, threads=1, epochs=2.0, rungs=3, startup=False, unstopped=3, **more
         )
 
     few, many = ask(4), ask(400)
     assert many.seconds > 10 * few.seconds
+    assert ask(4, file_seconds=100.0).seconds > 3 * 3 * 100  # three trials after the baseline, three rungs
     assert few.knobs == len(space.knobs)
     assert few.compressed == 6 * 16 + 16 * 3
     assert 0 < few.share < 1
@@ -95,6 +96,10 @@ def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
 
     alone = epochs(3000)
     spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 10 * (alone * 100 * 0.5 + 2.0)
+    assert spent == pytest.approx(0.9 * 3000)
+    way = {"trials": 10, "workers": 1, "threads": 1, "more": False, "file_seconds": 50.0}
+    _, fewer = preflight.filling(bench, space, seconds=3000, **way)
+    spent = preflight.STARTUP_SECONDS + 8 * 52.0 + 10 * (fewer * 100 * 0.5 + 52.0)
     assert spent == pytest.approx(0.9 * 3000)
     assert epochs(3000) < epochs(3000, workers=2) < 2 * epochs(3000) + 1
     assert epochs(1) == pytest.approx(1.0)

@@ -14,6 +14,7 @@ from autocompress.plan import Measurement
 from autocompress.search.moasha import Decision
 from autocompress.search.study import StudyStore
 from autocompress.session import Session, Silent, untested, write_file
+from autocompress.timing import Timing
 from autocompress.tracking import Home
 
 
@@ -35,23 +36,24 @@ class Told(Silent):
         self.heard.append((record, trial))
 
 
-def session(folder, asked=100, direction="maximize", deadline=None, steps=2) -> Session:
+def session(folder, asked=100, direction="maximize", deadline=None, steps=2, timing=None) -> Session:
     records = Records(folder)
-    store = StudyStore.create(records.file("s"), settings(direction=direction, steps=steps))
+    given = replace(settings(direction=direction, steps=steps), timing=timing)
+    store = StudyStore.create(records.file("s"), given)
     told = Told()
     return Session(begin(store, asked), records, told, deadline, told)
 
 
-def rung(number: int, size: int, metric: float) -> Measurement:
-    return Measurement(number, float(number), size, metric, 10, 0.1)
+def rung(number: int, size: int, metric: float, latency: float | None = None) -> Measurement:
+    return Measurement(number, float(number), size, metric, 10, 0.1, latency)
 
 
-def give(made: Session, number: int, *rungs: tuple[int, float], error=None) -> list[Decision]:
+def give(made: Session, number: int, *rungs: tuple[float, ...], error=None) -> list[Decision]:
     """A trial's results up to its end, or until it is stopped; each file says what it is."""
     decisions = []
-    for index, (size, metric) in enumerate(rungs):
+    for index, numbers in enumerate(rungs):
         last = index == len(rungs) - 1
-        decisions.append(made.measured(number, rung(index, size, metric), b"%d.%d" % (number, index), last))
+        decisions.append(made.measured(number, rung(index, *numbers), b"%d.%d" % (number, index), last))
         if decisions[-1] is Decision.STOP:
             break
     made.ended(number, error)
@@ -81,18 +83,26 @@ def test_files_of_the_front_are_kept_and_others_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_the_files_are_always_those_of_the_record(tmp_path, seed, direction):
-    """Trials in any order, with ties, at any moment: exactly the front's files and the baseline's are there."""
+@pytest.mark.parametrize(("direction", "timing"), [("maximize", None), ("minimize", None), ("minimize", Timing())])
+def test_the_files_are_always_those_of_the_record(tmp_path, seed, direction, timing):
+    """Trials in any order, with ties, at any moment: exactly the front's files and the baseline's are there.
+
+    A search that goes on compares the same values at each rung.
+    """
     rng = random.Random(seed)
-    made = session(tmp_path, asked=40, direction=direction)
+    made = session(tmp_path, asked=40, direction=direction, timing=timing)
+
+    def numbers():
+        two = rng.randint(1, 8), rng.randint(1, 8) / 10
+        return two if timing is None else (*two, 2.0 ** rng.randint(-2, 2))
+
     running, done = [], 0
     while done < 40:
         if len(running) < 4 and (job := made.next()) is not None:
             running.append(job.number)
             continue
         number = running.pop(rng.randrange(len(running)))
-        give(made, number, *((rng.randint(1, 8), rng.randint(1, 8) / 10) for _ in range(rng.randint(1, 2))))
+        give(made, number, *(numbers() for _ in range(rng.randint(1, 3))))
         done += 1
         record = made.record
         wanted = {t.number for t in record.front} | {t.number for t in record.trials[:1] if t.best}
@@ -102,6 +112,9 @@ def test_the_files_are_always_those_of_the_record(tmp_path, seed, direction):
                 content = files(made)[trial.number]
                 assert content == b"%d.%d" % (trial.number, trial.best.rung)
                 assert trial.sha256 == hashlib.sha256(content).hexdigest()
+    again = Session(StudyStore.open(made.store.file), made.records, Told())
+    assert made._rungs._rungs[1]
+    assert again._rungs._rungs == made._rungs._rungs
 
 
 def test_of_equal_trials_the_first_by_number_is_kept_whichever_ends_first(tmp_path):

@@ -13,7 +13,7 @@ from test_trial import task_of
 from torch import nn
 
 from autocompress.compress.artifact import load
-from autocompress.deploy import target
+from autocompress.deploy import latency, target
 from autocompress.deploy.export import export
 from autocompress.deploy.target import Target, check_holds, check_target, prepared
 from autocompress.deploy.verify import runner
@@ -62,6 +62,7 @@ def test_a_size_is_that_of_the_exported_file_and_not_chosen_on_test_data(tmp_pat
 def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, monkeypatch):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     data = compressed(task, LayerPlan(bits=8), tmp_path).read_bytes()
+    task = replace(task, test=Untouched("test"))
     plan = Plan({name: LayerPlan(bits=8) for name in ("1", "3")}, Recipe(0.0))
     made = Target("onnx-int8")
     found = made(task, data, plan)
@@ -81,14 +82,17 @@ def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, m
     assert Target("onnx")(task, data, plan).metric_val is None
 
 
-def test_a_call_is_timed_beside_the_float32_model(tmp_path):
+def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch):
     torch.manual_seed(0)
+    asked, float32 = [], latency.float32
+    monkeypatch.setattr(latency, "float32", lambda *given: asked.append(given[-1]) or float32(*given))
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 5))
     task = make_task(wide.eval(), (torch.randn(40, 1, 8, 8),))
+    task = replace(task, test=(task.val[0], (task.val[1] + 1) % 5))
     bench = Workbench(task)
     layers = {spec.name: LayerPlan() for spec in bench.layers}
     short = Plan({**layers, "3": LayerPlan(rank=20)}, Recipe(0.0))
-    made = prepared("archive", Timing(1), bench)
+    made = prepared("archive", Timing(3), bench)
     assert made.baseline_bytes == 0
     assert 1e-5 < made.timing.baseline < 1
     (outcome,) = run_trial(bench, short, Budget((0.0,)), effort="fast", deployed=pickle.loads(pickle.dumps(made)))
@@ -99,9 +103,12 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path):
     path = tmp_path / "a.acz"
     path.write_bytes(outcome.artifact)
     metrics, latencies = made.tested(task, {7: path})
-    assert metrics == {7: pytest.approx(evaluate(task, load(path), "test"))}
-    assert latencies[7][0].key == ("onnx", 1, 1)
+    assert metrics == {}  # those of an archive are its model's
+    assert latencies[7][0].key == ("onnx", 3, 1)
     assert latencies[7][0].ratio < 0.7
+    assert asked == [[1], [3], [3], [3]]  # in the export that is verified, before the search, in a trial, at the end
+    assert evaluate(task, load(path), "test") != evaluate(task, load(path), "val")
+    assert Target("onnx").tested(task, {7: path}) == ({7: pytest.approx(evaluate(task, load(path), "test"))}, {})
 
 
 def test_a_trial_measures_it_at_each_rung(monkeypatch):
@@ -148,6 +155,7 @@ def test_what_a_target_cannot_hold_is_told_by_name():
         with pytest.raises(SpaceError, match=r"sets (bits|threshold) \(layer '0': .*target 'executorch'.*rank"):
             check_holds("executorch", space)
     check_holds("executorch", load_space(target.RANKS_SPACE, bench.layers, bench.rank_errors))
+    check_holds("executorch", load_space({"version": 1, "layers": [{"width": [0.5, 1.0]}]}, bench.layers))
     priced = {"version": 1, "layers": [{"match": "*", "rank": [0.2, 1.0]}], "recipe": {"rate": 0.5}}
     rates = load_space(priced, bench.layers, bench.rank_errors)
     with pytest.raises(SpaceError, match=r"sets (rate|bits)"):

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -13,18 +14,22 @@ from test_cli import done, fail, work  # noqa: F401 (fixtures)
 from test_pareto import beats
 from test_record import BASE, TRIALS, study, trial
 from test_study import begin, settings
+from test_trial import task_of
 
-from autocompress import report
+from autocompress import api, report
 from autocompress.deploy.target import check_target
-from autocompress.errors import UsageError
+from autocompress.errors import StudyError, UsageError
+from autocompress.folders import Records
 from autocompress.plan import Measurement
 from autocompress.record import Latency, fastest_of, name_points
 from autocompress.results import pick
 from autocompress.search.samplers import OPTUNA
+from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
 from autocompress.timing import STEPS_PER_OCTAVE, Timing, parse_latency, ratio_of, step
 from autocompress.tracking.runs import trial_run
 from autocompress.tracking.view import view_state
+from autocompress.trial import Workbench
 
 
 def timed(given, latency):
@@ -67,9 +72,12 @@ def test_what_is_no_limit_is_refused(text):
 def test_a_time_is_compared_with_the_baseline():
     assert ratio_of("2ms", 0.004) == pytest.approx(0.5)
     assert ratio_of("0.7x", 0.004) == pytest.approx(0.7)
-    assert Timing(8, limit="1ms").measured(0.004) == Timing(8, limit="1ms", baseline=0.004, most=0.25)
-    assert Timing(1).measured(0.1).most is None
-    assert Timing.from_json(json.loads(json.dumps(TIMING.to_json()))) == TIMING
+    assert Timing(8, limit="1ms").measured(0.004) == Timing(8, limit="1ms", baseline=0.004)
+    assert Timing(8, limit="1ms").measured(0.004).most == 0.25
+    assert Timing(1, limit="0.7x").measured(0.004).most == 0.7
+    assert Timing(1).measured(0.1).most is Timing(8, limit="1ms").most is None
+    for timing in (TIMING, Timing(8, 2, "1ms").measured(0.004)):
+        assert Timing.from_json(json.loads(json.dumps(timing.to_json()))) == timing
 
 
 @given(st.floats(1e-4, 1e3), st.floats(0.98, 1.02))
@@ -139,14 +147,17 @@ def test_where_nothing_was_timed_a_limit_says_what_to_do():
     record = study(TRIALS[0], benched, *TRIALS[2:])
     assert pick(record, max_latency="0.6x").number == pick(record, max_latency="1.1ms").number == 1
     assert pick(record, choice="fastest").number == 1
+    assert pick(replace(record, target="executorch"), max_latency="1.1ms").number == 1  # `bench` times its ONNX file
 
 
 def test_the_latest_measurement_counts_where_it_is_of_the_same_call():
     later = Latency("onnx", 1, 1, 0.001, 0.001, 0.001, 0.002, 0.6, 900)
     record = study(SLOW_BASE, replace(FAST, latencies=(later,)), timing=TIMING)
     assert record.latency(record.trials[1]) == 0.6
-    other = replace(FAST, latencies=(replace(later, batch=32), replace(later, target="onnx-int8")))
+    others = replace(later, batch=32), replace(later, threads=2), replace(later, target="onnx-int8")
+    other = replace(FAST, latencies=others)
     assert study(SLOW_BASE, other, timing=TIMING).latency(other) == 0.5
+    assert study(SLOW_BASE, other, timing=TIMING, target="onnx-int8").latency(other) == 0.6
 
 
 def test_it_is_shown(tmp_path):
@@ -192,7 +203,12 @@ def test_samplers_take_three_objectives_and_the_limit(tmp_path, sampler):
     for told, mine in zip(loaded.trials, record.trials, strict=True):
         assert told.values == [mine.best.size_bytes, mine.best.metric_val, mine.best.latency]
         assert told.constraints == {"latency": pytest.approx(mine.best.latency - 0.5)}
-    begin(StudyStore.open(made.file), 16).propose()  # what is there is given to a sampler again
+    again = begin(StudyStore.open(made.file), 16)
+    again.propose()  # what is there is given to a sampler again
+    for store in (made, again):
+        told = [trial for trial in store._memory.trials if trial.values]
+        assert len(told) == 14
+        assert all(trial.constraints == {"latency": trial.values[2] - 0.5} for trial in told)
 
 
 def test_settings_come_back(tmp_path):
@@ -210,6 +226,49 @@ def test_targets_that_cannot_be_timed_are_refused():
     with pytest.raises(UsageError, match="batch is 0, allowed: 1 to"):
         check_target("onnx", timing=Timing(0))
     check_target("archive", timing=Timing(32))
+
+
+def test_what_is_asked_for_is_what_is_timed():
+    assert api._timing(None, None) is None
+    assert api._timing(32, None) == Timing(32)
+    assert api._timing(None, 0.7) == api._timing(1, "0.7x") == Timing(limit="0.7x")
+    assert api._timing(8, "2ms") == Timing(8, limit="2ms")
+    with pytest.raises(UsageError, match="max-latency is 'quick'"):
+        api._timing(None, "quick")
+
+
+def test_a_study_goes_on_with_its_own_latency():
+    old = replace(settings(), timing=Timing(8, limit="2ms").measured(0.01))
+    api._same_study(old, replace(old, timing=Timing(8, limit="2ms").measured(0.02)))  # measured when it began
+    for timing, said in ((Timing(8, limit="3ms"), "at most 3ms"), (Timing(1, limit="2ms"), "batch 1"), (None, "None")):
+        with pytest.raises(StudyError, match=rf"exists with latency batch 8, at most 2ms, not .*{said}"):
+            api._same_study(old, replace(old, timing=timing))
+
+
+def test_the_space_that_is_searched_for_time():
+    bench = Workbench(task_of())
+
+    def named(space=None, target="onnx", along=False, timed=True):
+        return api._space(space, bench, target, along=along, timed=timed).source
+
+    def read(name):
+        return load_space(name, bench.layers, bench.rank_errors).source
+
+    assert named() == read("fast")
+    assert named(timed=False) == read("default")
+    assert named("prune_only") == read("prune_only")
+    assert named(along=True) == read("continuation")
+
+
+def test_latencies_are_kept_before_what_says_that_a_trial_is_measured(monkeypatch, tmp_path):
+    """Of a search that is killed in between, `resume` measures both again."""
+    record = study(SLOW_BASE, replace(FAST, artifact="mine/1.acz"), timing=TIMING)
+    monkeypatch.setattr(api, "records_of", lambda records, store: record)
+    kept = []
+    store = SimpleNamespace(note_latencies=lambda found: kept.append(("latencies", found)), note_tests=kept.append)
+    aim = SimpleNamespace(tested=lambda task, files: (dict.fromkeys(files, 0.5), {n: (str(files[n]),) for n in files}))
+    api._measure_front(store, Records(tmp_path), None, None, aim)
+    assert kept == [("latencies", {1: (str(Records(tmp_path).root / "mine/1.acz"),)}), {1: 0.5}]
 
 
 def test_mistakes_show_at_once(fail, work):  # noqa: F811

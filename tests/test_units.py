@@ -287,13 +287,72 @@ def test_a_model_that_cannot_be_traced_keeps_all_units_and_says_so():
         load_space({"version": 1, "layers": [{"width": [0.4, 1.0]}]}, bench.layers), bench
     )
     assert [layer.width for layer in space.layers] == [1.0, 1.0]
-    assert preflight.keep_all(whole).startswith("all units stay of 'a', 'b': Untraceable cannot be exported")
+    assert preflight.kept_whole(whole).startswith("all units stay of 'a', 'b': Untraceable cannot be exported")
 
 
-def test_units_that_an_export_would_keep_stay():
-    bench = Workbench(task_of(Closed, data), "cpu")
-    why = {spec.name: bench.units.why(spec) for spec in bench.layers}
-    assert {name for name, reason in why.items() if reason} == {"gate", "free", "one"}
+class Bottleneck(nn.Module):
+    """All goes through one unit: without it nothing would be read, and anything could go."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.after = nn.Conv1d(1, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=1)
+        self.one, self.head = nn.Linear(32, 1), nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.head(self.one(self.after(torch.sigmoid(self.gate(x.unsqueeze(1)))).flatten(1)))
+
+
+@pytest.mark.parametrize(("model", "whole"), [(Closed, {"gate", "free", "one"}), (Bottleneck, {"gate", "one", "head"})])
+def test_units_that_an_export_would_keep_stay(model, whole):
+    bench = Workbench(task_of(model, data), "cpu")
+    assert {spec.name for spec in bench.layers if bench.units.why(spec)} == whole
+
+
+class Joined(nn.Module):
+    """The outputs of `a` are added to those of two others, side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(8, 6), nn.Linear(8, 2), nn.Linear(8, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(torch.cat([self.b(x), self.c(x)], 1) + self.a(x)))
+
+
+class OneBias(nn.Module):
+    """`a` and `b` have units of their own, and one bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.b.bias = self.a.bias
+
+    def forward(self, x):
+        return self.head(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+class Foreign(nn.Module):
+    """What is added to the outputs of `a` comes from a weight that is no layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.free, self.head = nn.Linear(8, 6), nn.Parameter(torch.randn(6, 8)), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.a(x) + F.linear(x, self.free)))
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "why"),
+    [
+        (Joined, {"a"}, "its outputs are added to a concatenation"),
+        (OneBias, {"a", "b"}, "a bias or a normalisation is used in several places"),
+        (Foreign, {"a"}, "its units are also those of a weight that is no layer's"),
+    ],
+)
+def test_units_stay_whose_company_no_plan_can_take(model, layers, why):
+    bench = Workbench(task_of(model, data), "cpu")
+    assert {spec.name for spec in bench.layers if bench.units.why(spec) == why} == layers
 
 
 class Twins(nn.Module):

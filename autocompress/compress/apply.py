@@ -74,9 +74,8 @@ class Compressed:
         return {name: found.grid() for name, found in self.ranges.items()}
 
     def substitutes(self) -> dict[str, Tensor]:
-        """By state key the weights of all codes, shared ones under each of their names, and parameters that are
-        shortened or zero in places.
-        """
+        """By state key what the model computes with: the weights of all codes, shared ones under each of their names,
+        and parameters that are shortened or zero in places."""
         values = {key: code.values() for key, code in self.codes.items()}
         if self.fast_layout:
             values = {key: in_fast_layout(value) for key, value in values.items()}
@@ -180,7 +179,7 @@ def compress(
         before = _kept(start.plan, specs, units)
         _take_over(module, specs, start)
         _bring_back(module, model, before, kept)
-        moved = frozenset(name for name in {*before.rows, *kept.rows} if not before.same_rows(kept, name))
+        moved = before.differing(kept)
     keys: dict[str, LayerSpec] = {}
     for spec in specs:
         layer = plan.layers[spec.name]
@@ -188,7 +187,9 @@ def compress(
         if layer.rank is None:
             keys[f"{prefix}weight"] = spec
         else:
-            begun = start if start is None or spec.name not in moved else replace(start, plan=uncompressed(specs))
+            begun = start
+            if start is not None and spec.name in moved:  # its factors are of other rows: they are made anew
+                begun = replace(start, plan=uncompressed(specs))
             module = _factorise(module, spec, layer, made, begun, rows=kept.rows.get(spec.name))
             keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
@@ -255,7 +256,7 @@ def _bring_back(module: nn.Module, model: nn.Module, before: Kept, now: Kept) ->
 
 def _last(keys: Mapping[str, LayerSpec]) -> list[tuple[str, LayerSpec]]:
     """Of the keys of each layer the last: that of the weight, or of the factor, whose rows are the layer's outputs."""
-    return [(key, spec) for key, spec in {spec.name: (key, spec) for key, spec in keys.items()}.values()]
+    return list({spec.name: (key, spec) for key, spec in keys.items()}.values())
 
 
 def _without(module: nn.Module, plan: Plan, kept: Kept) -> dict[str, Tensor]:
@@ -355,7 +356,7 @@ def _code(
     weight, layer = module.get_parameter(key), plan.layers[key]
     stays = rows[key].to(weight.device) if key in rows else None
     if is_rated(plan, layer):
-        return _rated(weight, layer, learned, key, prepared, stays)
+        return _rated(weight, layer, learned, key, prepared, rows=stays)
     return Code(weight, layer, learned, key, prepared, rows=stays)
 
 
@@ -364,12 +365,13 @@ def is_rated(plan: Plan, layer: LayerPlan) -> bool:
     return plan.recipe.rate > 0 and 2 <= layer.bits <= 8
 
 
-def _rated(  # noqa: PLR0917
+def _rated(
     weight: Tensor,
     layer: LayerPlan,
     learned: Mapping[str, Tensor],
     key: str,
     prepared: solve.Prepared | None,
+    *,
     rows: Tensor | None,
 ) -> RatedCode:
     """A weight's code under a rate: what lies below the threshold starts at zero, the step is the least squares one."""

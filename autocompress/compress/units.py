@@ -52,7 +52,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Wiring:
-    """The groups of a model, and for each layer the place of that which its outputs are, and of that which it reads."""
+    """The groups of a model, and by layer the place of that which its outputs are, and of that which it reads.
+
+    `problem` says why a model has none.
+    """
 
     groups: tuple[Group, ...]
     outputs: Mapping[str, int]
@@ -67,10 +70,11 @@ class Kept:
     rows: Mapping[str, Tensor]
     beside: Mapping[str, Tensor]
 
-    def same_rows(self, other: Kept, name: str) -> bool:
-        """Whether the same rows of a layer stay; what is not named keeps all."""
-        mine, theirs = self.rows.get(name), other.rows.get(name)
-        return mine is not None and theirs is not None and torch.equal(mine, theirs)
+    def differing(self, other: Kept) -> frozenset[str]:
+        """The layers of which other rows stay; one that is not named keeps all."""
+        both = self.rows.keys() & other.rows.keys()
+        same = {name for name in both if torch.equal(self.rows[name], other.rows[name])}
+        return frozenset((self.rows.keys() | other.rows.keys()) - same)
 
 
 class Units:

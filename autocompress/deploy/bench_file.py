@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,15 @@ import onnx
 
 from autocompress.deploy import latency
 from autocompress.deploy.macs import macs
-from autocompress.deploy.made_up import fixed_batch, made_up
+from autocompress.deploy.made_up import check_lengths, fixed_batch, made_up
 from autocompress.deploy.memory import peak_bytes
 from autocompress.deploy.sessions import session_of
 from autocompress.deploy.turns import TURN_SECONDS, TURNS, in_turns
 from autocompress.deploy.verify import save_inputs
+from autocompress.timing import BATCHES
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
-
-BATCHES = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,16 @@ def bench_onnx(
 ) -> FileBench:
     """The times of an ONNX file with inputs made up from its graph, in turns with `baseline`'s if that is given.
 
-    `batches`: `BATCHES`, or the one size that the file takes. `lengths` and errors as in `made_up`; ExportError for a
-    file that onnxruntime does not load or run, UsageError for batch sizes and threads beyond `latency.MOST`.
+    `batches`: `timing.BATCHES`, or the one size that the file takes. `lengths` as in `made_up`; errors as there and as
+    of `check_lengths`, ExportError for a file that onnxruntime does not load or run, UsageError for batch sizes and
+    threads beyond `latency.MOST`.
     """
     latency.check(batches or BATCHES, threads)
-    files = {"": file, **({"baseline": baseline} if baseline else {})}
+    files = {"file": file, **({"baseline": baseline} if baseline else {})}
     sessions = {name: session_of(path, threads) for name, path in files.items()}
     inputs = {name: session.inner.get_inputs() for name, session in sessions.items()}
-    only = fixed_batch(inputs[""])
+    check_lengths([value for values in inputs.values() for value in values], lengths or {})
+    only = fixed_batch(inputs["file"])
     found = []
     for size in batches or ((only,) if only else BATCHES):
         feeds = {name: made_up(inputs[name], size, lengths or {}) for name in files}
@@ -90,16 +91,14 @@ def bench_onnx(
         for call in calls.values():
             call()  # what cannot run says so before anything is timed
         times = in_turns(calls, turns=turns, seconds=seconds)
-        held: dict[str, int | None] = {}
         with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-            for name, path in files.items():
-                save_inputs(Path(folder), name or "file", feeds[name])
-                held[name] = peak_bytes(path, Path(folder) / f"{name or 'file'}.inputs.npz", threads)
-        low, median, high = times[""].quartiles
+            stored = {name: save_inputs(Path(folder), name, feed) for name, feed in feeds.items()}
+            held = {name: peak_bytes(path, stored[name], threads) for name, path in files.items()}
+        low, median, high = times["file"].quartiles
         other: tuple[Any, ...] = ()
         if baseline:
-            other = times[""].over(times["baseline"]), times["baseline"].quartiles[1], held["baseline"]
-        found.append(Times(size, median, low, high, held[""], *other))
+            other = times["file"].over(times["baseline"]), times["baseline"].quartiles[1], held["baseline"]
+        found.append(Times(size, median, low, high, held["file"], *other))
     size_bytes, count = _told(file, lengths or {})
     beside = str(baseline) if baseline else None
     return FileBench(str(file), False, size_bytes, "onnx", threads, count, tuple(found), beside)
@@ -110,13 +109,7 @@ def bench_archive(
 ) -> FileBench:
     """The times of an archive's export for the target beside the float32 model's. Errors as in `latency.measure`."""
     found = latency.measure(task, {0: archive}, target=target, batches=batches, threads=threads)[0]
-    times = tuple(
-        Times(
-            one.batch, one.median, one.low, one.high, one.memory_bytes, one.ratio, one.baseline,
-            one.baseline_memory_bytes,
-        )
-        for one in found
-    )  # fmt: skip
+    times = tuple(Times(**{each.name: getattr(one, each.name) for each in fields(Times)}) for one in found)
     first = found[0]
     return FileBench(str(archive), True, first.size_bytes, target, threads, first.macs, times, "the float32 model")
 

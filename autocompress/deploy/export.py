@@ -32,11 +32,12 @@ from autocompress.deploy.recorder import (
 )
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
+from autocompress.timing import FORMATS, timed_format
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-_TIMED = ("onnx", "onnx-int8", "mlflow")
+_TIMED = (*FORMATS, "mlflow")
 _TURNS, _MOST_SECONDS = 15, 10.0
 _BATCH = 256
 _SMALL_BATCHES = (1, 64)
@@ -119,8 +120,7 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
 def _latency(task: Task, fmt: str, file: Path, folder: Path) -> dict[str, Any]:
     """What the manifest says of a call of one example in onnxruntime, beside the float32 model's export."""
     base = latency.float32(task, task.test, folder, [1], 1)
-    way = "onnx" if fmt == "mlflow" else fmt
-    ((found,),) = latency.in_files(base, {0: file}, way, 1, turns=_TURNS, most=_MOST_SECONDS).values()
+    ((found,),) = latency.in_files(base, {0: file}, timed_format(fmt), 1, turns=_TURNS, most=_MOST_SECONDS).values()
     return {
         "batch": found.batch,
         "threads": found.threads,

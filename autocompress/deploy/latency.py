@@ -22,12 +22,11 @@ from autocompress.deploy.verify import save_inputs
 from autocompress.errors import UsageError
 from autocompress.record import Latency
 from autocompress.tasks.batches import call_model, first_batch, to_device
+from autocompress.timing import BATCHES, FORMATS
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-TARGETS = ("onnx", "onnx-int8")
-"""Formats that can be timed, in onnxruntime."""
 MOST = {"batch": 65536, "threads": 1024}
 """The largest values allowed."""
 
@@ -50,7 +49,7 @@ def measure(
     artifacts: Mapping[int, Path],
     *,
     target: str = "onnx",
-    batches: Sequence[int] = (1, 32),
+    batches: Sequence[int] = BATCHES,
     threads: int = 1,
     turns: int = TURNS,
     seconds: float = TURN_SECONDS,
@@ -58,10 +57,10 @@ def measure(
     """By trial the latencies of its artifact's file for the target in onnxruntime, one for each batch size.
 
     Inputs are the first test examples, repeated where there are fewer. Raises ExportError for what cannot be
-    exported or run, UsageError for a target that is not one of `TARGETS` and as `check`.
+    exported or run, UsageError for a target that is not one of `FORMATS` and as `check`.
     """
-    if target not in TARGETS:
-        raise UsageError(f"target is {target!r}, allowed: {', '.join(TARGETS)}")
+    if target not in FORMATS:
+        raise UsageError(f"target is {target!r}, allowed: {', '.join(FORMATS)}")
     check(batches, threads)
     with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
         folder = Path(scratch)
@@ -75,7 +74,7 @@ def measure(
             details = write_file(target, artifact, recorder, files[number], task=task)
             macs[number] = details.get("cut", {}).get("macs")
         found = in_files(base, files, target, threads, turns=turns, seconds=seconds)
-        return with_memory(base, files, found, macs)
+        return _with_memory(base, files, found, macs, threads)
 
 
 def check(batches: Sequence[int], threads: int) -> None:
@@ -125,32 +124,23 @@ def in_files(
     return {number: tuple(latencies) for number, latencies in found.items()}
 
 
-def with_memory(
+def _with_memory(
     base: Float32,
     files: Mapping[int, Path],
     found: Mapping[int, Sequence[Latency]],
     macs: Mapping[int, int | None],
+    threads: int,
 ) -> dict[int, tuple[Latency, ...]]:
-    """The latencies with peak memory of the files and the baseline, and MACs."""
-    held: dict[tuple[int, int], tuple[int | None, int | None]] = {}
-    for size, inputs in base.inputs.items():
-        save_inputs(base.file.parent, "timed", inputs)
-        stored = base.file.parent / "timed.inputs.npz"
-        for threads in {latency.threads for latencies in found.values() for latency in latencies}:
-            whole = peak_bytes(base.file, stored, threads)
-            held |= {(number, size): (peak_bytes(file, stored, threads), whole) for number, file in files.items()}
-    return {
-        number: tuple(
-            replace(
-                one,
-                memory_bytes=held[number, one.batch][0],
-                baseline_memory_bytes=held[number, one.batch][1],
-                macs=macs.get(number),
-            )
-            for one in latencies
-        )
-        for number, latencies in found.items()
-    }
+    """The latencies of `in_files` with peak memory of the files and the baseline, and MACs."""
+    full: dict[int, list[Latency]] = {number: [] for number in files}
+    for place, inputs in enumerate(base.inputs.values()):
+        stored = save_inputs(base.file.parent, "timed", inputs)
+        whole = peak_bytes(base.file, stored, threads)
+        for number, file in files.items():
+            held = peak_bytes(file, stored, threads)
+            one = replace(found[number][place], memory_bytes=held, baseline_memory_bytes=whole, macs=macs[number])
+            full[number].append(one)
+    return {number: tuple(latencies) for number, latencies in full.items()}
 
 
 def resized(inputs: Named, size: int) -> Named:

@@ -16,6 +16,7 @@ from torch import nn
 from autocompress.codec import container
 from autocompress.codec.header import FAST
 from autocompress.compress.artifact import load
+from autocompress.compress.structure import map_tensors
 from autocompress.deploy import latency
 from autocompress.deploy.accuracy import metric_of
 from autocompress.deploy.export import export
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 TARGETS = ("archive", "onnx", "onnx-int8", "executorch", "executorch-int8")
 """The formats that a search can aim at. A .pt2 file and an MLflow model hold their weights as they are."""
 RANKS_ONLY = frozenset({"executorch", "executorch-int8"})
-"""Targets whose files hold weights of one width: what prunes weights or gives them fewer levels saves nothing."""
+"""Targets whose files hold all weights in the same bits: fewer weights save bytes (ranks, and units that go), zeros and
+fewer levels nothing."""
 RANKS_SPACE = "lowrank_only"
 """The space that is searched for them where none is named."""
 FAST_SPACE = "fast"
@@ -52,48 +54,56 @@ class Target:
     Of a target other than the archive `size_bytes` is the length of the file as an export writes it, without dead
     units. Where its runtime computes in 8 bits by itself the metric is what that gives. `timing` asks for the time of a
     call, of the archive's ONNX file. The uncompressed plan is the float32 model, in `baseline_bytes`. `seconds`: about
-    how long a file takes to write, where that is known.
+    how long a file takes to write, where that is known. `float_format` is the format of the float32 model's file.
     """
 
-    def __init__(self, name: str, timing: Timing | None = None, baseline_bytes: int = 0) -> None:
-        self.name, self.timing, self.baseline_bytes = name, timing, baseline_bytes
+    def __init__(self, name: str, timing: Timing | None = None, baseline_bytes: int = 0, seconds: float = 0.0) -> None:
+        self.name, self.timing, self.baseline_bytes, self.seconds = name, timing, baseline_bytes, seconds
         self.format = "onnx" if name == "archive" else name
-        self.seconds = 0.0
+        self.float_format = self.format.removesuffix("-int8")
         self._base: latency.Float32 | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers make their own sessions."""
-        return Target, (self.name, self.timing, self.baseline_bytes)
+        return Target, (self.name, self.timing, self.baseline_bytes, self.seconds)
+
+    @property
+    def exports(self) -> bool:
+        """Whether anything but the artifact itself is measured."""
+        return self.name != "archive" or self.timing is not None
 
     def __call__(self, task: Task, artifact: bytes, plan: Plan) -> Deployed:
         """Raises ExportError for what cannot be exported."""
+        if not self.exports:
+            return Deployed(len(artifact))
         archive = self.name == "archive"
         if all(layer == LayerPlan() for layer in plan.layers.values()):
             return Deployed(len(artifact) if archive else self.baseline_bytes, None if self.timing is None else 1.0)
-        if archive and self.timing is None:
-            return Deployed(len(artifact))
         with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
             path = Path(scratch) / FILES["archive"]
             path.write_bytes(artifact)
             recorder, file = self._written(task, path)
             length = len(artifact) if archive else file.stat().st_size
-            latency = None if self.timing is None else self._latency(task, file, self.timing)
+            ratio = None if self.timing is None else self._ratio(task, file, self.timing)
             metric = self._metric(task, recorder, file, "val") if self.name in QUANTIZED else None
-            return Deployed(length, latency, metric)
+            return Deployed(length, ratio, metric)
 
     def tested(
         self, task: Task, artifacts: Mapping[int, Path]
     ) -> tuple[dict[int, float], dict[int, tuple[Latency, ...]]]:
         """By trial the test metrics of their files in the runtime and, with `timing`, their latencies, all in turns.
 
-        Raises ExportError for what cannot be exported.
+        No metrics of the archive, which are the artifacts' own. Raises ExportError for what cannot be exported.
         """
         metrics: dict[int, float] = {}
+        if not self.exports:
+            return metrics, {}
         with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
             files: dict[int, Path] = {}
             for number, artifact in artifacts.items():
                 recorder, file = self._written(task, artifact, folder=Path(scratch))
-                metrics[number] = self._metric(task, recorder, file, "test")
+                if self.name != "archive":
+                    metrics[number] = self._metric(task, recorder, file, "test")
                 files[number] = file.rename(file.with_name(f"{number}-{file.name}"))
             if self.timing is None:
                 return metrics, {}
@@ -109,7 +119,7 @@ class Target:
         return recorder, file
 
     def _metric(self, task: Task, recorder: Recorder, file: Path, split: Literal["val", "test"]) -> float:
-        run, _ = runner(self.format.removesuffix("-int8"), str(file), recorder.keywords)
+        run, _ = runner(self.float_format, str(file), recorder.keywords)
         try:
             return metric_of(task, recorder, run, split)
         except AutocompressError:
@@ -117,7 +127,7 @@ class Target:
         except Exception as error:  # the runtimes' own exceptions have no common base
             raise ExportError(f"the exported {file.name} does not run: {one_line(error)}") from error
 
-    def _latency(self, task: Task, file: Path, timing: Timing) -> float:
+    def _ratio(self, task: Task, file: Path, timing: Timing) -> float:
         """The time of a call over the float32 model's."""
         if self._base is None:
             with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
@@ -139,22 +149,22 @@ def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
         folder = Path(scratch)
         path = folder / FILES["archive"]
         path.write_bytes(whole.artifact)
-        target = Target(name, timing)
-        plain = target.format.removesuffix("-int8")
-        export(path, replace(bench.task, test=bench.task.val), plain, folder / "out", {})
+        target = Target(name)
+        export(path, replace(bench.task, test=bench.task.val), target.float_format, folder / "out", {})
         began = time.monotonic()
         target._written(bench.task, path)
-        target.seconds = time.monotonic() - began
+        seconds = time.monotonic() - began
+        length = 0
         if name != "archive":
-            file = folder / FILES[plain]
+            file = folder / FILES[target.float_format]
             recorder = _called(bench.task, copy.deepcopy(bench.task.model).cpu().eval(), folder)
-            write_file(plain, path, recorder, file, slim=False)
-            target.baseline_bytes = file.stat().st_size
+            write_file(target.float_format, path, recorder, file, slim=False)
+            length = file.stat().st_size
         if timing is not None:
             base = latency.float32(bench.task, bench.task.val, folder, [timing.batch], timing.threads)
             found = latency.in_files(base, {0: base.file}, "onnx", timing.threads)
-            target.timing = timing.measured(found[0][0].baseline)
-    return target
+            timing = timing.measured(found[0][0].baseline)
+    return Target(name, timing, length, seconds)
 
 
 def _called(task: Task, model: nn.Module, folder: Path) -> Recorder:
@@ -167,8 +177,6 @@ def _called(task: Task, model: nn.Module, folder: Path) -> Recorder:
 
 def _some(inputs: object) -> object:
     """The first examples of a batch."""
-    from autocompress.compress.structure import map_tensors
-
     return map_tensors(inputs, lambda tensor: tensor[:2] if tensor.dim() else tensor)
 
 
@@ -203,7 +211,7 @@ def check_holds(target: str, space: Space) -> None:
         for option, value in _beyond_ranks(layer):
             raise SpaceError(
                 f"the search space sets {option} (layer {name or 'model'!r}: {value}), of which a file of the target "
-                f"{target!r} gets no smaller; allowed there: rank, scheme, svd (as in the space {RANKS_SPACE!r})"
+                f"{target!r} gets no smaller; allowed there: rank, width, scheme, svd (as in the space {RANKS_SPACE!r})"
             )
     if plan.recipe.rate:
         raise SpaceError(f"the search space sets rate ({plan.recipe.rate:g}), of which a file of the target {target!r} "

@@ -34,10 +34,12 @@ OUTPUT_TOLERANCE = 1e-3
 """Of the largest absolute output."""
 
 
-def save_inputs(folder: Path, call: str, inputs: Mapping[str, NDArray[Any]]) -> None:
-    """Stores the inputs of one call."""
+def save_inputs(folder: Path, call: str, inputs: Mapping[str, NDArray[Any]]) -> Path:
+    """Stores the inputs of one call; the file."""
     named: dict[str, Any] = {f"arg.{name}": array for name, array in inputs.items()}
-    np.savez(folder / f"{call}.inputs.npz", **named)
+    path = folder / f"{call}.inputs.npz"
+    np.savez(path, **named)
+    return path
 
 
 def load_inputs(folder: Path, call: str) -> dict[str, NDArray[Any]]:
