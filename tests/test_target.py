@@ -85,7 +85,7 @@ def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, m
 def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch):
     torch.manual_seed(0)
     asked, float32 = [], latency.float32
-    monkeypatch.setattr(latency, "float32", lambda *given: asked.append(given[-1]) or float32(*given))
+    monkeypatch.setattr(latency, "float32", lambda *given: asked.append(given[-2]) or float32(*given))
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 5))
     task = make_task(wide.eval(), (torch.randn(40, 1, 8, 8),))
     task = replace(task, test=(task.val[0], (task.val[1] + 1) % 5))
