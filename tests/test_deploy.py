@@ -89,9 +89,12 @@ def few_values(shape, levels, zeros, seed=0):
 def test_every_form_is_folded_to_the_same_bits(tmp_path_factory, shape, levels, zeros, seed):
     values = few_values(tuple(shape), levels, zeros, seed)
     forms = [deploy_onnx.smallest_form("w", values), *deploy_onnx._vector_forms("w", values)]
-    at = np.flatnonzero(values)
-    if at.size:
-        forms.append(deploy_onnx._sparse("w", values, at))
+    forms.append(deploy_onnx._sparse("w", values))
+    full = np.random.default_rng(seed).random(shape[0]) < 0.5
+    if len(shape) > 1 and 0 < full.sum() < len(full):
+        forms.append(deploy_onnx._rows("w", values, full))
+        columns = np.arange(values[0].size) % 2 == 0
+        forms += [deploy_onnx._columns("w", values, columns)] if len(columns) > 1 else []
     tmp = tmp_path_factory.mktemp("form")
     for form in forms:
         assert folded(form, values.shape, tmp).tobytes() == values.tobytes(), form.kind
@@ -118,6 +121,42 @@ def test_sparse_codes_come_close_to_their_entropy(zeros, most_bits, tmp_path):
     entropy = -zeros * math.log2(zeros) - kept * math.log2(kept) + kept * math.log2(15)
     assert form.kind == "sparse, dense"
     assert entropy < 8 * form.size_bytes / values.size < most_bits
+    assert folded(form, values.shape, tmp_path).tobytes() == values.tobytes()
+
+
+def entropy_of(shares):
+    return -sum(p * math.log2(p) for p in shares if p)
+
+
+def test_full_rows_and_columns_have_forms_of_their_own(tmp_path):
+    """As a layer trained under a price becomes: few units read everything, the others what is always on."""
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((600, 800)) < 0.01, np.float32(0.1), np.float32(0))
+    rows, columns = rng.permutation(600)[:60], rng.permutation(800)[:12]
+    values[:, columns] = rng.choice(np.float32([-0.1, 0.1]), (600, 12))
+    values[rows] = rng.choice(np.float32([-0.1, 0.1]), (60, 800))
+    values[rows[0], :60] = rng.choice(np.float32([-0.2, 0.2, 0.3, 0]), 60)
+    form = deploy_onnx.smallest_form("w", values)
+    assert form.kind.startswith("rows, mostly")
+    ideal = 60 * 800 + 540 * 12 + 60 * (2 + math.log2(800)) + 540 * 788 * entropy_of([0.01, 0.99])
+    assert ideal / 8 < form.size_bytes < 1.15 * ideal / 8 + 6000
+    assert form.size_bytes < 0.5 * deploy_onnx._sparse("w", values).size_bytes
+    assert folded(form, values.shape, tmp_path).tobytes() == values.tobytes()
+    form = deploy_onnx.smallest_form("w", values.T.reshape(800, 30, 20))
+    assert form.kind.startswith("columns, mostly")
+    assert folded(form, (800, 30, 20), tmp_path).tobytes() == values.T.tobytes()
+
+
+@pytest.mark.parametrize("often", [2, 3])
+def test_rare_values_are_scattered_over_frequent_ones(often, tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.choice(np.float32([-0.1, 0.1, 0.2][:often]), (200, 300))
+    values[rng.random(values.shape) < 0.01] = np.nan
+    values[rng.random(values.shape) < 0.002] = -0.0
+    form = deploy_onnx.smallest_form("w", values)
+    assert form.kind.startswith("mostly")
+    bits = values.size * (math.log2(often) + entropy_of([0.012, 0.988]) + 0.012)
+    assert bits / 8 < form.size_bytes < 1.1 * bits / 8 + 2000
     assert folded(form, values.shape, tmp_path).tobytes() == values.tobytes()
 
 

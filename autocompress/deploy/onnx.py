@@ -8,6 +8,8 @@ with the very numbers of the artifact, at float32 speed. The chain is the smalle
     float16    cast to float32, where that gives every value back; bfloat16 likewise
     dense      table[digits]
     sparse     any of these forms, of the values that are not zero, scattered to cumsum(digits + 1) - 1
+    mostly     the dense form of a few frequent values, the others scattered over it in the same way
+    rows       any of these but the sparse one for rows (or columns) of few zeros, put into the sparse form of the rest
 
 where `digits` are integers below some base, as many of them in each 32-bit word as fit, taken apart by
 Mod(Div(word, base^i), base): 4 bits each for base 16, 1.6 bits for base 3. The sparse form is the relative
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -48,6 +50,14 @@ OPSET = 18
 
 _WORD_BITS = 32
 _MAX_TABLE = 1 << 16
+_MOST_SPARSE = 0.9
+"""The largest share of values that are not zero in a sparse form."""
+_FEW = 2, 3, 4, 6, 9, 16
+_MOST_RARE = 0.1
+"""Frequent values that get a code of their own where the others are scattered, and the largest share of these."""
+_FULLER = 0.2, 0.4, 0.7
+"""Shares of values other than zero above which a row may be one of those with a form of their own."""
+_FEWEST_IN_ROW = 32
 
 
 @dataclass(frozen=True)
@@ -67,13 +77,18 @@ class Form:
 
 def smallest_form(name: str, values: NDArray[np.float32]) -> Form:
     """The form of fewest bytes that gives `values` bit for bit; of kind "plain" where float32 itself is smallest."""
-    forms = _vector_forms(name, values)
     bits = values.reshape(-1).view(np.uint32)
-    at = np.flatnonzero(bits)
     if values.size and (bits == bits[0]).all():
-        forms.append(_constant(name, values))
-    elif at.size < 0.9 * values.size:
-        forms.append(_sparse(name, values, at))
+        return _smallest([*_vector_forms(name, values), _constant(name, values)])
+    forms = _vector_forms(name, values)
+    if np.count_nonzero(bits) < _MOST_SPARSE * values.size:
+        forms.append(_sparse(name, values))
+        forms += [_rows(name, values, full) for full in _fuller(values)]
+        forms += [_columns(name, values, full) for full in _fuller(_turned(values))]
+    return _smallest(forms)
+
+
+def _smallest(forms: Sequence[Form]) -> Form:
     return min(forms, key=lambda form: form.size_bytes)
 
 
@@ -87,15 +102,18 @@ def _vector_forms(name: str, values: NDArray[np.float32]) -> list[Form]:
         if np.array_equal(half.astype(np.float32).view(np.uint32), bits):
             cast = helper.make_node("Cast", [f"{name}:half"], [name], to=onnx.TensorProto.FLOAT)
             forms.append(Form(dtype.name, (cast,), {f"{name}:half": half}))
-    table, codes = np.unique(bits.reshape(-1), return_inverse=True)
+    table, codes, counts = np.unique(bits.reshape(-1), return_inverse=True, return_counts=True)
     if table.size <= min(_MAX_TABLE, values.size // 2):
         forms.append(_dense(name, values.shape, codes, table.view(np.float32)))
+        forms += _mostly(name, values, table.view(np.float32), codes, counts)
     return forms
 
 
 def _constant(name: str, values: NDArray[np.float32]) -> Form:
-    value = numpy_helper.from_array(values.reshape(-1)[:1], "value")
-    node = helper.make_node("ConstantOfShape", [f"{name}:shape"], [name], value=value)
+    first = values.reshape(-1)[:1]
+    zero = not first.view(np.uint32).any()  # which is what is filled in where no value is told
+    told = {} if zero else {"value": numpy_helper.from_array(first, "value")}
+    node = helper.make_node("ConstantOfShape", [f"{name}:shape"], [name], **told)
     return Form("constant", (node,), {f"{name}:shape": np.array(values.shape, np.int64)})
 
 
@@ -109,36 +127,100 @@ def _dense(name: str, shape: tuple[int, ...], codes: Array, table: NDArray[np.fl
     return Form("dense", packed.nodes + nodes, {**packed.constants, **constants})
 
 
-def _sparse(name: str, values: NDArray[np.float32], at: Array) -> Form:
-    """`values` from those at the flat positions `at`; every other one is +0.0."""
+def _mostly(
+    name: str, values: NDArray[np.float32], table: NDArray[np.float32], codes: Array, counts: Array
+) -> Iterator[Form]:
+    """The forms that store a code of one of the most frequent values for each, and scatter the others over them."""
+    order = np.argsort(-counts, kind="stable")
+    rank = np.argsort(order)
+    for few in _FEW:
+        rare = values.size - int(counts[order[:few]].sum())
+        if few < table.size and rare < _MOST_RARE * values.size:
+            kept = rank[codes] < few
+            below = _dense(f"{name}:most", (values.size,), np.where(kept, rank[codes], 0), table[order[:few]])
+            yield _scattered(name, values, np.flatnonzero(~kept), below, "mostly")
+
+
+def _sparse(name: str, values: NDArray[np.float32]) -> Form:
+    """Of the values that are not +0.0, scattered over zeros."""
+    at = np.flatnonzero(values.reshape(-1).view(np.uint32))
+    if not at.size:
+        return _constant(name, values)
+    return _scattered(name, values, at, _constant(f"{name}:zeros", np.zeros(values.size, np.float32)), "sparse")
+
+
+def _scattered(name: str, values: NDArray[np.float32], at: Array, below: Form, kind: str) -> Form:
+    """`values` by those at the flat positions `at`, put over what the flat form `below` gives."""
     flat = values.reshape(-1)
     gaps = np.diff(at, prepend=-1) - 1
     base = _gap_base(gaps, value_bits=_bits(np.unique(flat[at]).size + 1))
     ends = np.cumsum(gaps // base + 1) - 1
     steps = np.full(int(ends[-1]) + 1, base - 1)
     steps[ends] = gaps % base
-    kept = np.zeros(steps.size, np.float32)
-    kept[ends] = flat[at]
     gap_form = digits(f"{name}:gaps", steps, base, flat=True)
-    kept_form = min(_vector_forms(f"{name}:kept", kept), key=lambda form: form.size_bytes)
+    kept_form = _smallest(_vector_forms(f"{name}:kept", flat[np.cumsum(steps + 1) - 1]))
     nodes = (
         helper.make_node("Add", [f"{name}:gaps", ":int_1"], [f"{name}:steps"]),
         helper.make_node("CumSum", [f"{name}:steps", ":int_0"], [f"{name}:ends"]),
         helper.make_node("Sub", [f"{name}:ends", ":int_1"], [f"{name}:at"]),
-        helper.make_node("ConstantOfShape", [f"{name}:size"], [f"{name}:zeros"]),
-        helper.make_node("ScatterElements", [f"{name}:zeros", f"{name}:at", f"{name}:kept"], [f"{name}:flat"]),
-        helper.make_node("Reshape", [f"{name}:flat", f"{name}:shape"], [name]),
+        helper.make_node("ScatterElements", [below.nodes[-1].output[0], f"{name}:at", f"{name}:kept"], [f"{name}:all"]),
+        helper.make_node("Reshape", [f"{name}:all", f"{name}:shape"], [name]),
     )
     constants: dict[str, Array] = {
         ":int_0": np.array(0),
         ":int_1": np.array(1),
-        f"{name}:size": np.array([values.size]),
         f"{name}:shape": np.array(values.shape, np.int64),
     }
-    kind = f"sparse, {kept_form.kind}"
+    parts = (below, gap_form, kept_form)
     return Form(
-        kind, gap_form.nodes + kept_form.nodes + nodes, {**gap_form.constants, **kept_form.constants, **constants}
+        f"{kind}, {kept_form.kind}",
+        (*(node for part in parts for node in part.nodes), *nodes),
+        {key: value for part in parts for key, value in part.constants.items()} | constants,
     )
+
+
+def _fuller(values: NDArray[np.float32]) -> Iterator[Array]:
+    """Ways to tell rows that have few zeros from others that have many: bool (rows,), some of each kind."""
+    if values.ndim < 2 or values[0].size < _FEWEST_IN_ROW:
+        return
+    shares = (values.view(np.uint32).reshape(len(values), -1) != 0).mean(axis=1)
+    masks = [shares > least for least in _FULLER]
+    distinct = {int(mask.sum()): mask for mask in masks}  # each is a part of the one before
+    yield from (mask for number, mask in distinct.items() if 0 < number < len(values))
+
+
+def _rows(name: str, values: NDArray[np.float32], full: Array) -> Form:
+    """The `full` rows in a form of their own, the others as `_sparse`, or in columns."""
+    rest = np.where(full.reshape(-1, *(1 for _ in values.shape[1:])), np.float32(0), values)
+    columns = [_columns(f"{name}:rest", rest, mask) for mask in _fuller(_turned(rest))]
+    others = _smallest([_sparse(f"{name}:rest", rest), *columns])
+    return _put(name, others, values[full], full)
+
+
+def _columns(name: str, values: NDArray[np.float32], full: Array) -> Form:
+    """The `full` columns, of the values as (rows, columns), in a form of their own, the others as `_sparse`."""
+    turned = _turned(values)
+    others = _sparse(f"{name}:rest", np.where(full[:, None], np.float32(0), turned))
+    made = _put(f"{name}:turned", others, turned[full], full)
+    nodes = (
+        helper.make_node("Transpose", [f"{name}:turned"], [f"{name}:flat"]),
+        helper.make_node("Reshape", [f"{name}:flat", f"{name}:shape"], [name]),
+    )
+    shape = {f"{name}:shape": np.array(values.shape, np.int64)}
+    return Form(made.kind.replace("rows", "columns"), (*made.nodes, *nodes), {**made.constants, **shape})
+
+
+def _put(name: str, others: Form, own: NDArray[np.float32], full: Array) -> Form:
+    """The rows `own` in the places `full` of what a form gives."""
+    made = _smallest(_vector_forms(f"{name}:full", own))
+    put = helper.make_node("ScatterND", [others.nodes[-1].output[0], f"{name}:rows", f"{name}:full"], [name])
+    constants = {**others.constants, **made.constants, f"{name}:rows": np.flatnonzero(full)[:, None]}
+    return Form(f"rows, {made.kind}", (*others.nodes, *made.nodes, put), constants)
+
+
+def _turned(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(columns, rows) of the values as (rows, columns)."""
+    return np.ascontiguousarray(values.reshape(len(values), -1).T) if values.ndim > 1 else values
 
 
 def _gap_base(gaps: Array, value_bits: float) -> int:
