@@ -34,6 +34,12 @@ def test_calls_take_turns_and_none_is_always_first():
     assert len(seen) == 4 * 3 * 2 * 3
 
 
+def test_turns_end_where_they_take_too_long():
+    for most, turns in ((0.0, 5), (60.0, 8)):
+        found = in_turns({"a": lambda: None, "b": lambda: None}, turns=8, seconds=0.0, most=most)
+        assert [len(times.medians) for times in found.values()] == [turns, turns]
+
+
 def test_ratios_and_quartiles():
     slow, fast = Turns((2.0, 6.0, 10.0, 6.0, 8.0)), Turns((1.0, 2.0, 5.0, 2.0, 2.0))
     assert slow.over(fast) == 3.0  # of 2, 3, 2, 3, 4; the ratio of medians is 3 too, of means 2.7

@@ -168,6 +168,8 @@ def test_it_is_shown(tmp_path):
     assert "4 ms a call of 1" in report.baseline_text(record)
     assert "latency 0.50x" in report.trial_summary(record, FAST)
     assert "0.50x" in report.describe(record)
+    assert "--format onnx -o" in report.describe(record)
+    assert "--format onnx-int8 -o" in report.describe(replace(record, target="onnx-int8"))
     files = report.write_front(record, tmp_path)
     assert [file.stat().st_size > 0 for file in files] == [True] * 4
     assert "latency" in files[1].read_text().splitlines()[0].split(",")
