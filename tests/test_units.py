@@ -15,6 +15,7 @@ import autocompress as ac
 from autocompress import preflight
 from autocompress.codec import container
 from autocompress.compress import artifact, units
+from autocompress.compress.apply import compress
 from autocompress.compress.finetune import finetune
 from autocompress.compress.layers import macs_of
 from autocompress.compress.prune import kept_mask
@@ -210,6 +211,18 @@ def test_a_child_keeps_what_both_keep_and_gets_back_what_its_parent_lost(bench):
             torch.testing.assert_close(mine.narrow.weight[back], bench.model.narrow.weight[back], **near)
             torch.testing.assert_close(mine.narrow.bias[back], bench.model.narrow.bias[back], **near)
             assert len(zero_rows(mine.narrow.weight)) == 6 - round(6 * child.layers["narrow"].width)
+
+
+def test_units_that_come_back_have_the_models_statistics(bench):
+    wide, narrow = (plan_of(bench, dict.fromkeys(HALF, width), bits=16) for width in (0.75, 0.5))
+    parent = last(bench, narrow).state()
+    back = bench.units.kept(wide).rows["narrow"] & ~bench.units.kept(narrow).rows["narrow"]
+    assert back.any()
+    made = compress(bench.model, bench.layers, wide, bench.svd, parent, units=bench.units).module
+    for name in ("running_mean", "running_var"):
+        found = getattr(made.inner, name)
+        assert torch.equal(found[back], getattr(bench.model.inner, name)[back])
+        assert torch.equal(found[~back], parent.tensors[f"inner.{name}"][~back])
 
 
 @pytest.mark.parametrize("rank", [None, 2])
