@@ -14,7 +14,7 @@ from torch import nn
 import autocompress as ac
 from autocompress import preflight
 from autocompress.codec import container
-from autocompress.compress import artifact, units
+from autocompress.compress import artifact, solve, units
 from autocompress.compress.apply import compress
 from autocompress.compress.finetune import finetune
 from autocompress.compress.layers import macs_of
@@ -211,6 +211,33 @@ def test_a_child_keeps_what_both_keep_and_gets_back_what_its_parent_lost(bench):
             torch.testing.assert_close(mine.narrow.weight[back], bench.model.narrow.weight[back], **near)
             torch.testing.assert_close(mine.narrow.bias[back], bench.model.narrow.bias[back], **near)
             assert len(zero_rows(mine.narrow.weight)) == 6 - round(6 * child.layers["narrow"].width)
+
+
+def test_what_is_solved_for_rows_alone_stands_among_the_others():
+    weight = torch.arange(8.0).view(4, 2)
+    rows = torch.tensor([False, True, False, True])
+    own = solve.Prepared(-weight[rows], weight[rows] > 3, torch.tensor([[0.1], [0.2]]), torch.tensor([[-1.0], [-2.0]]))
+    found = solve.among_rows(own, weight, rows)
+    assert found.weight.tolist() == [[0, 1], [-2, -3], [4, 5], [-6, -7]]
+    assert found.mask.tolist() == [[False, False], [False, False], [False, False], [True, True]]
+    assert found.step.flatten().tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2])  # a row that goes has some scale
+    assert found.low.flatten().tolist() == [-1, -1, -1, -2]
+    shared = solve.among_rows(replace(own, step=torch.tensor(0.3), low=None), weight, rows)
+    assert (float(shared.step), shared.low) == (pytest.approx(0.3), None)
+
+
+def test_a_mask_of_other_units_is_not_gone_on_with(bench):
+    """The plan of `stem` stays; its units are others, since that of a layer of its group changes."""
+
+    def plan(saliency):
+        made = plan_of(bench, HALF, Recipe(0.0), threshold=0.5, saliency="activation")
+        return replace(made, layers=made.layers | {"depth": replace(made.layers["depth"], saliency=saliency)})
+
+    old, new = plan("activation"), plan("magnitude")
+    rows = [bench.units.kept(one).rows["stem"] for one in (old, new)]
+    assert not torch.equal(*rows)
+    module = weights_of(bench, last(bench, new, last(bench, old).state()))
+    assert zero_rows(module.stem.weight) == set((~rows[1]).nonzero().flatten().tolist())
 
 
 def test_units_that_come_back_have_the_models_statistics(bench):
