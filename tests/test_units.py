@@ -283,6 +283,9 @@ def test_refusals_name_layer_width_and_reason(bench):
         next(run_trial(bench, plan_of(bench, {"head": 0.5})))
     with pytest.raises(PlanError, match=r"layer 'stem': width is 0.5, allowed: 1, that of layer '\w+', whose outputs"):
         next(run_trial(bench, plan_of(bench, {"stem": 0.5})))
+    for width in (0.5, 1.5):  # an estimate refuses what a trial does
+        with pytest.raises(PlanError, match=f"layer 'head': width is {width}, allowed: "):
+            bench.estimate(plan_of(bench, {"head": width}))
     next(run_trial(bench, plan_of(bench, {"head": 0.9, "stem": 0.99}, Recipe(0.0))))  # all units stay
 
 
@@ -463,6 +466,7 @@ def test_bytes_and_macs_of_less_width(bench):
 def test_the_nearest_state_is_one_of_no_less_width(bench):
     members = {n: plan_of(bench, dict.fromkeys(HALF, width)) for n, width in ((1, 0.4), (2, 0.8), (3, 1.0))}
     assert ancestor(plan_of(bench, dict.fromkeys(HALF, 0.6)), members, bench.layers) == 2
+    assert ancestor(plan_of(bench, dict.fromkeys(HALF, 0.45)), members, bench.layers) == 2  # 0.4 is nearer
     assert ancestor(plan_of(bench, {}), members, bench.layers) == 3
 
 
