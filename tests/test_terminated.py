@@ -70,12 +70,16 @@ def test_files_that_are_being_replaced_stay_a_pair(moves, made, default, monkeyp
 
 def test_a_second_one_does_not_stop_the_tidying(default):
     tidied = []
-    with pytest.raises(SystemExit) as ended, cli._tidy_when_terminated():
+
+    def tidy():
         try:
             terminate()
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             tidied.append(1)
+
+    with pytest.raises(SystemExit) as ended, cli._tidy_when_terminated():
+        tidy()
     assert tidied == [1]
     assert ended.value.code == 143
 
