@@ -462,7 +462,7 @@ def bench(
 
     Each member is exported to the `target` ("onnx" or "onnx-int8"; None: the study's own, else "onnx"), the float32
     model to ONNX, and they are called in turns (`deploy.latency`). `task` as in `open_study`. Raises StudyError,
-    ExportError, and UsageError for other targets, batch sizes or threads below 1.
+    ExportError, and UsageError for other targets, and for batch sizes and threads beyond `deploy.latency.MOST`.
     """
     from autocompress.deploy import latency
 

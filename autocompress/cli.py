@@ -353,8 +353,8 @@ def _print_end(console: Console, record: StudyRecord, options: argparse.Namespac
     say(f"look:     autocompress front {record.study}{folder}   or   autocompress ui {record.study}{folder}")
     say(f"MLflow:   {_link(record, folder)}")
     if record.front:
-        aim = "onnx" if record.target == "archive" else record.target
-        say(f"export:   autocompress export {record.study}{folder}{goal or ' --max-drop 1%'} --format {aim} -o deploy")
+        way = f"{goal or ' --max-drop 1%'} --format {record.format}"
+        say(f"export:   autocompress export {record.study}{folder}{way} -o deploy")
 
 
 def _front(options: argparse.Namespace) -> int:

@@ -118,6 +118,11 @@ class StudyRecord:
         """+1 where the metric is minimised, -1 where it is maximised."""
         return 1.0 if self.direction == "minimize" else -1.0
 
+    @property
+    def format(self) -> str:
+        """The format that the front's members are exported in: the target's, of the archive ONNX."""
+        return "onnx" if self.target == "archive" else self.target
+
     @cached_property
     def measured(self) -> tuple[TrialRecord, ...]:
         """The trials that have a result, by number."""

@@ -170,7 +170,7 @@ def describe(record: StudyRecord) -> str:
         "",
         f"Look: `autocompress front {record.study}`, `autocompress ui {record.study}`, and `front/front.html` "
         "among the artifacts. "
-        f"Export: `autocompress export {record.study} --pick knee --format onnx -o deploy`.",
+        f"Export: `autocompress export {record.study} --pick knee --format {record.format} -o deploy`.",
     ]
     return "\n".join(lines)
 

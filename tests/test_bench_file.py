@@ -90,6 +90,8 @@ def test_inputs_that_cannot_be_made_up_are_named():
         made_up([Input("x", "tensor(float)", (4, 3))], 2, {})
     with pytest.raises(UsageError, match="dim is batch=3, but that axis is the batch: --batch says how long it is"):
         made_up([ids], 1, {"sequence": 2, "batch": 3})
+    with pytest.raises(UsageError, match=r"input 'ids' has the shape \[4096, 65537\], allowed: up to 268435456 values"):
+        made_up([ids], 4096, {"sequence": 65537})
     table = Input("table", "tensor(float)", ("rows", 3))
     assert {k: v.shape for k, v in made_up([ids, table], 2, {"sequence": 5, "rows": 4}).items()} == {
         "ids": (2, 5),

@@ -271,6 +271,16 @@ class Pairs(torch.utils.data.Dataset):
         return (dict(zip(self.names, row, strict=True)) if self.names else row), self.targets[index]
 
 
+def test_inputs_are_named_in_the_order_of_the_signature(tmp_path):
+    class Two(nn.Module):
+        def forward(self, left, right):
+            return left - right
+
+    found = Recorder(Two(), tmp_path).named({"right": torch.ones(2, 1), "left": torch.zeros(2, 1)})
+    assert list(found) == ["left", "right"]
+    assert found["right"].all()
+
+
 def make_task(model, inputs, *, names=None, metric=accuracy, example_inputs=None):
     """The task of a model on random inputs; the targets are what the model says, with noise."""
     model = model.eval()

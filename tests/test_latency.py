@@ -1,10 +1,10 @@
 """Latencies: calls take turns, ratios are of neighbouring turns, and the record, MLflow and the terminal tell them."""
 
 import json
-import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autocompress import Task, api, cli, report
-from autocompress.deploy import latency
+from autocompress.deploy import latency, turns
 from autocompress.deploy.turns import Turns, in_turns
 from autocompress.errors import StudyError, UsageError
 from autocompress.folders import Records
@@ -34,16 +34,29 @@ def test_calls_take_turns_and_none_is_always_first():
     assert len(seen) == 4 * 3 * 2 * 3
 
 
+def test_turns_end_where_they_take_too_long():
+    for most, wanted in ((0.0, 5), (60.0, 8)):
+        found = in_turns({"a": lambda: None, "b": lambda: None}, turns=8, seconds=0.0, most=most)
+        assert [len(times.medians) for times in found.values()] == [wanted, wanted]
+
+
 def test_ratios_and_quartiles():
     slow, fast = Turns((2.0, 6.0, 10.0, 6.0, 8.0)), Turns((1.0, 2.0, 5.0, 2.0, 2.0))
     assert slow.over(fast) == 3.0  # of 2, 3, 2, 3, 4; the ratio of medians is 3 too, of means 2.7
     assert slow.quartiles == (6.0, 6.0, 8.0)
 
 
-def test_times_are_those_of_the_calls():
-    found = in_turns({"a": lambda: time.sleep(0.004), "b": lambda: time.sleep(0.008)}, turns=5, seconds=0.01)
-    assert 0.0039 < found["a"].quartiles[1] < 0.0075
-    assert 0.3 < found["a"].over(found["b"]) < 0.75
+def test_times_are_those_of_the_calls(monkeypatch):
+    clock = [0.0]
+
+    def takes(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = in_turns({"a": lambda: takes(0.004), "b": lambda: takes(0.008)}, turns=5, seconds=0.01)
+    assert found["a"].quartiles == pytest.approx((0.004, 0.004, 0.004))
+    assert found["a"].over(found["b"]) == pytest.approx(0.5)
+    assert clock[0] == pytest.approx(5 * 2 * (3 * 0.004 + 3 * 0.008))  # three calls at least, as often to warm up
 
 
 @pytest.fixture(scope="module")

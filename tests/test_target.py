@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -37,7 +38,13 @@ class Untouched:
     __getitem__ = __len__ = __iter__
 
 
-def test_a_size_is_that_of_the_exported_file_and_not_chosen_on_test_data(tmp_path):
+@pytest.fixture
+def brief(monkeypatch):
+    """Turns of timing are short."""
+    monkeypatch.setattr(latency, "in_files", partial(latency.in_files, seconds=0.002))
+
+
+def test_a_size_is_that_of_the_exported_file_and_not_chosen_on_test_data(tmp_path, brief):
     task = make_task(mlp(), (torch.randn(40, 1, 8, 8),))
     with torch.no_grad():
         first = next(m for m in task.model.modules() if isinstance(m, nn.Linear))
@@ -82,7 +89,7 @@ def test_what_computes_in_8_bits_by_itself_is_measured_where_it_runs(tmp_path, m
     assert Target("onnx")(task, data, plan).metric_val is None
 
 
-def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch):
+def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch, brief):
     torch.manual_seed(0)
     asked, float32 = [], latency.float32
     monkeypatch.setattr(latency, "float32", lambda *given: asked.append(given[-2]) or float32(*given))

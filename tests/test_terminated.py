@@ -68,6 +68,22 @@ def test_files_that_are_being_replaced_stay_a_pair(moves, made, default, monkeyp
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["manifest.json", "model.acz", "out"]
 
 
+def test_a_second_one_does_not_stop_the_tidying(default):
+    tidied = []
+
+    def tidy():
+        try:
+            terminate()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            tidied.append(1)
+
+    with pytest.raises(SystemExit) as ended, cli._tidy_when_terminated():
+        tidy()
+    assert tidied == [1]
+    assert ended.value.code == 143
+
+
 def test_a_handler_of_ones_own_is_left_alone():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))

@@ -14,7 +14,8 @@ from torch import nn
 import autocompress as ac
 from autocompress import preflight
 from autocompress.codec import container
-from autocompress.compress import artifact, units
+from autocompress.compress import artifact, solve, units
+from autocompress.compress.apply import compress
 from autocompress.compress.finetune import finetune
 from autocompress.compress.layers import macs_of
 from autocompress.compress.prune import kept_mask
@@ -212,6 +213,45 @@ def test_a_child_keeps_what_both_keep_and_gets_back_what_its_parent_lost(bench):
             assert len(zero_rows(mine.narrow.weight)) == 6 - round(6 * child.layers["narrow"].width)
 
 
+def test_what_is_solved_for_rows_alone_stands_among_the_others():
+    weight = torch.arange(8.0).view(4, 2)
+    rows = torch.tensor([False, True, False, True])
+    own = solve.Prepared(-weight[rows], weight[rows] > 3, torch.tensor([[0.1], [0.2]]), torch.tensor([[-1.0], [-2.0]]))
+    found = solve.among_rows(own, weight, rows)
+    assert found.weight.tolist() == [[0, 1], [-2, -3], [4, 5], [-6, -7]]
+    assert found.mask.tolist() == [[False, False], [False, False], [False, False], [True, True]]
+    assert found.step.flatten().tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2])  # a row that goes has some scale
+    assert found.low.flatten().tolist() == [-1, -1, -1, -2]
+    shared = solve.among_rows(replace(own, step=torch.tensor(0.3), low=None), weight, rows)
+    assert (float(shared.step), shared.low) == (pytest.approx(0.3), None)
+
+
+def test_a_mask_of_other_units_is_not_gone_on_with(bench):
+    """The plan of `stem` stays; its units are others, since that of a layer of its group changes."""
+
+    def plan(saliency):
+        made = plan_of(bench, HALF, Recipe(0.0), threshold=0.5, saliency="activation")
+        return replace(made, layers=made.layers | {"depth": replace(made.layers["depth"], saliency=saliency)})
+
+    old, new = plan("activation"), plan("magnitude")
+    rows = [bench.units.kept(one).rows["stem"] for one in (old, new)]
+    assert not torch.equal(*rows)
+    module = weights_of(bench, last(bench, new, last(bench, old).state()))
+    assert zero_rows(module.stem.weight) == set((~rows[1]).nonzero().flatten().tolist())
+
+
+def test_units_that_come_back_have_the_models_statistics(bench):
+    wide, narrow = (plan_of(bench, dict.fromkeys(HALF, width), bits=16) for width in (0.75, 0.5))
+    parent = last(bench, narrow).state()
+    back = bench.units.kept(wide).rows["narrow"] & ~bench.units.kept(narrow).rows["narrow"]
+    assert back.any()
+    made = compress(bench.model, bench.layers, wide, bench.svd, parent, units=bench.units).module
+    for name in ("running_mean", "running_var"):
+        found = getattr(made.inner, name)
+        assert torch.equal(found[back], getattr(bench.model.inner, name)[back])
+        assert torch.equal(found[~back], parent.tensors[f"inner.{name}"][~back])
+
+
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("recipe", [Recipe(1.0, 1e-2), Recipe(1.0, 1e-2, rate=0.2)], ids=["free", "priced"])
 def test_states_of_other_widths_go_on_under_every_option(bench, recipe, rank):
@@ -243,6 +283,9 @@ def test_refusals_name_layer_width_and_reason(bench):
         next(run_trial(bench, plan_of(bench, {"head": 0.5})))
     with pytest.raises(PlanError, match=r"layer 'stem': width is 0.5, allowed: 1, that of layer '\w+', whose outputs"):
         next(run_trial(bench, plan_of(bench, {"stem": 0.5})))
+    for width in (0.5, 1.5):  # an estimate refuses what a trial does
+        with pytest.raises(PlanError, match=f"layer 'head': width is {width}, allowed: "):
+            bench.estimate(plan_of(bench, {"head": width}))
     next(run_trial(bench, plan_of(bench, {"head": 0.9, "stem": 0.99}, Recipe(0.0))))  # all units stay
 
 
@@ -423,6 +466,7 @@ def test_bytes_and_macs_of_less_width(bench):
 def test_the_nearest_state_is_one_of_no_less_width(bench):
     members = {n: plan_of(bench, dict.fromkeys(HALF, width)) for n, width in ((1, 0.4), (2, 0.8), (3, 1.0))}
     assert ancestor(plan_of(bench, dict.fromkeys(HALF, 0.6)), members, bench.layers) == 2
+    assert ancestor(plan_of(bench, dict.fromkeys(HALF, 0.45)), members, bench.layers) == 2  # 0.4 is nearer
     assert ancestor(plan_of(bench, {}), members, bench.layers) == 3
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -52,7 +51,7 @@ def write_file(
     """
     if fmt in QUANTIZED and task is None:
         raise ExportError(f"format {fmt} needs a task, whose training data show ranges")
-    example = {name: np.resize(array, (2, *array.shape[1:])) for name, array in recorder.first(2).items()}
+    example = recorder.repeated(2)
     inputs = {name: torch.from_numpy(array) for name, array in example.items()}
     names = list(output_tensors(recorder.model, recorder.structure))
     cut: dict[str, Any] = {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from autocompress.compress.artifact import load
@@ -94,8 +93,8 @@ def float32(task: Task, data: Any, folder: Path, batches: Sequence[int], threads
         call_model(recorder, to_device(first_batch(data, max(batches))[0], "cpu"))
     file = folder / "float32.onnx"
     write_file("onnx", folder, recorder, file, slim=False)
-    inputs = {size: resized(recorder.first(size), size) for size in batches}
-    return Float32(file, session_of(file, threads), inputs, resized(recorder.first(2), 2), recorder.keywords)
+    inputs = {size: recorder.repeated(size) for size in batches}
+    return Float32(file, session_of(file, threads), inputs, recorder.repeated(2), recorder.keywords)
 
 
 def in_files(
@@ -141,11 +140,6 @@ def _with_memory(
             one = replace(found[number][place], memory_bytes=held, baseline_memory_bytes=whole, macs=macs[number])
             full[number].append(one)
     return {number: tuple(latencies) for number, latencies in full.items()}
-
-
-def resized(inputs: Named, size: int) -> Named:
-    """The inputs of so many examples, repeated where there are fewer."""
-    return {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
 
 
 def _call(session: Session, inputs: Named) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from autocompress.errors import ExportError, UsageError
 
+MOST_VALUES = 2**28
+"""Of one input: a gigabyte of float32."""
 _KINDS = {
     f"tensor({name})": np.dtype(kind)
     for name, kind in {"float": "f4", "float16": "f2", "double": "f8", "bool": "?"}.items()
@@ -21,8 +24,9 @@ def made_up(inputs: Sequence[Any], batch: int, lengths: Mapping[str, int]) -> di
 
     Floats lie evenly between 0 and 1; whole numbers are 0 or 1, which index any table of two rows. A free first axis
     has the length `batch`, and so has every other of its name; `lengths` has those of other free axes, by their names
-    ("INPUT.AXIS" for one without). Raises UsageError for a free axis without a length, for a length of the batch, and
-    for another batch size than the file's own, ExportError for an input that is not a tensor of numbers.
+    ("INPUT.AXIS" for one without). Raises UsageError for a free axis without a length, for a length of the batch, for
+    another batch size than the file's own, and for more than `MOST_VALUES`, ExportError for an input that is not a
+    tensor of numbers.
     """
     fixed = fixed_batch(inputs)
     if fixed not in (None, batch):
@@ -38,6 +42,8 @@ def made_up(inputs: Sequence[Any], batch: int, lengths: Mapping[str, int]) -> di
         if value.type not in _KINDS:
             raise ExportError(f"input {value.name!r} is a {value.type}: no such input can be made up")
         shape = [_length(value, axis, known) for axis in range(len(value.shape))]
+        if math.prod(shape) > MOST_VALUES:
+            raise UsageError(f"input {value.name!r} has the shape {shape}, allowed: up to {MOST_VALUES} values")
         kind = _KINDS[value.type]
         found[value.name] = (drawn.random(shape) if kind.kind == "f" else drawn.integers(0, 2, shape)).astype(kind)
     return found

@@ -56,6 +56,10 @@ class Recorder(nn.Module):
                 break
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
 
+    def repeated(self, count: int) -> Named:
+        """The inputs of `count` examples: the first ones, from the start again where there are fewer."""
+        return {name: np.resize(array, (count, *array.shape[1:])) for name, array in self.first(count).items()}
+
     def named(self, inputs: Any) -> Named:
         """A batch's inputs by the names that they get in a file."""
         keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
