@@ -437,9 +437,9 @@ def _note_tests(store: StudyStore, records: Records, task: Task, bench: Workbenc
         metrics = {}
     for number in artifacts.keys() - metrics.keys():
         metrics[number] = evaluate(task, load(artifacts[number], model=task.model).to(bench.device), "test")
-    store.note_tests(dict(sorted(metrics.items())))
     if latencies:
         store.note_latencies(latencies)
+    store.note_tests(dict(sorted(metrics.items())))  # last: what has none yet is measured by the next resume
 
 
 def _timing(latency: int | None, max_latency: str | float | None) -> Timing | None:
