@@ -435,7 +435,7 @@ def _measure_front(store: StudyStore, records: Records, task: Task, bench: Workb
         metrics[number] = evaluate(task, load(artifacts[number], model=task.model).to(bench.device), "test")
     if latencies:
         store.note_latencies(latencies)
-    store.note_tests(dict(sorted(metrics.items())))
+    store.note_tests(dict(sorted(metrics.items())))  # last: what has none yet is measured by the next resume
 
 
 def _timing(latency: int | None, max_latency: str | float | None) -> Timing | None:

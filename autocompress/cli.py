@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted, 143 an export that SIGTERM ended.
+Exit codes: 0 done, 1 the work failed, 2 the user's mistake, 130 interrupted, 143 an export or bench that SIGTERM ended.
 """
 
 from __future__ import annotations
@@ -306,7 +306,8 @@ def _run_search(options: argparse.Namespace, search: Callable[..., Any]) -> int:
 
     try:
         try:
-            study = search(listener=board, on_preflight=show)
+            with _raised_when_terminated(KeyboardInterrupt):  # before the first trial and after the last one too
+                study = search(listener=board, on_preflight=show)
         finally:
             board.__exit__()
     except KeyboardInterrupt:
@@ -580,23 +581,28 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def _tidy_when_terminated() -> Iterator[None]:
-    """SIGTERM inside unwinds as Ctrl-C does, so that what was begun is removed, and ends with exit code 143.
+    """SIGTERM inside unwinds as Ctrl-C does, so that what was begun is removed, and ends with exit code 143."""
+    try:
+        with _raised_when_terminated(_Terminated):
+            yield
+    except _Terminated:
+        raise SystemExit(_fail("terminated", 128 + signal.SIGTERM)) from None
 
-    Only where nobody else handles it, and on the main thread, which alone may.
-    """
+
+@contextlib.contextmanager
+def _raised_when_terminated(problem: type[BaseException]) -> Iterator[None]:
+    """SIGTERM inside raises that. Only where nobody else handles it, and on the main thread, which alone may."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
 
     def stop(number: int, frame: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: nothing stops the tidying
-        raise _Terminated
+        raise problem
 
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except _Terminated:
-        raise SystemExit(_fail("terminated", 128 + signal.SIGTERM)) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -614,13 +620,14 @@ def _bench(options: argparse.Namespace) -> int:
     for what in ("task", "baseline", "dim", "data_dir"):
         if getattr(options, what):
             raise UsageError(f"--{what.replace('_', '-')} is for a file; a study knows its own")
-    study = api.bench(
-        options.study,
-        dir=options.dir,
-        target=options.target,
-        batches=options.batch or BATCHES,
-        threads=options.threads,
-    )
+    with _tidy_when_terminated():
+        study = api.bench(
+            options.study,
+            dir=options.dir,
+            target=options.target,
+            batches=options.batch or BATCHES,
+            threads=options.threads,
+        )
     if options.json:
         print(json.dumps(study.record.to_front_json(), indent=1))
         return 0
@@ -637,16 +644,17 @@ def _bench(options: argparse.Namespace) -> int:
 def _bench_file(options: argparse.Namespace) -> int:
     from autocompress import file_bench
 
-    found = file_bench.bench_file(
-        options.study,
-        task=options.task,
-        baseline=options.baseline,
-        target=options.target,
-        batches=options.batch,
-        threads=options.threads,
-        lengths=dict(options.dim),
-        data_dir=options.data_dir,
-    )
+    with _tidy_when_terminated():
+        found = file_bench.bench_file(
+            options.study,
+            task=options.task,
+            baseline=options.baseline,
+            target=options.target,
+            batches=options.batch,
+            threads=options.threads,
+            lengths=dict(options.dim),
+            data_dir=options.data_dir,
+        )
     if options.json:
         print(json.dumps(found.to_json(), indent=1))
         return 0

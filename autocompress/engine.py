@@ -94,19 +94,23 @@ def run(
     `trial` runs one: it is called as `autocompress.trial.run_trial` is, which it is by default. With `states`,
     the state of each finished trial goes to the ledger.
     """
-    with _quiet_ray(cluster) as ray:
+    with _scratch() as folder, _quiet_ray(cluster) as ray:
         from ray import tune
 
         trainable = _trainable()
         relay = _Relay(ledger)
         searcher, scheduler, callback = _adapters(relay)
         payload = ray.put(_dump(task, trial))
-        folder = tempfile.mkdtemp(prefix="autocompress-ray-")
         resources = {"cpu": 1, "gpu": _gpu_share(ray, cluster)}
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(
-                    trainable, payload=payload, threads=cluster.threads, rungs=tuple(rungs), states=states
+                    trainable,
+                    payload=payload,
+                    threads=cluster.threads,
+                    rungs=tuple(rungs),
+                    states=states,
+                    scratch=folder,
                 ),
                 resources,
             ),
@@ -128,14 +132,21 @@ def run(
         )
         with _clean_stop() as interrupted:
             relay.stopping = interrupted
-            try:
-                tuner.fit()
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+            tuner.fit()
         if relay.problem is not None:
             raise relay.problem
         if interrupted():
             raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder that is gone at the end, with what workers that were stopped have left in it."""
+    folder = tempfile.mkdtemp(prefix="autocompress-ray-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -295,11 +306,15 @@ def _trainable() -> type:
             threads: int = 1,
             rungs: tuple[float, ...] = (0.0, 1.0),
             states: bool = False,
+            *,
+            scratch: str = "",
         ) -> None:
             import torch
 
             from autocompress.trial import Budget, Workbench, run_trial
 
+            if scratch and Path(scratch).is_dir():  # a worker on the driver's machine
+                tempfile.tempdir = scratch
             torch.set_num_threads(threads)
             self.budget, self.states = Budget(rungs), states
             self.problem: str | None = None

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -68,3 +69,16 @@ def test_a_signal_to_the_group_stops_the_search_cleanly(tmp_path, number):
     shown = front(tmp_path)
     assert 2 <= sum(shown["trials"].values()) < 500
     assert all((tmp_path / "autocompress_runs" / p["artifact"]).is_file() for p in shown["front"])
+
+
+@pytest.mark.slow
+def test_workers_that_are_stopped_leave_no_files(tmp_path):
+    write_task(tmp_path)
+    with tempfile.TemporaryDirectory() as short:  # the paths of Ray's sockets must be
+        options = {"env": os.environ | {"TMPDIR": short}}
+        process = autocompress(tmp_path, *search("--trials", "500", "--study", "s", "--latency"), **options)
+        until_trials(process, 2)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 130, out + err
+        assert list(Path(short).glob("autocompress-*")) == []

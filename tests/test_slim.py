@@ -88,6 +88,16 @@ def test_a_chain_loses_unread_and_constant_units():
     assert (cut.of_macs, cut.macs) == (54 + 72 + 24, 36 + 30 + 15)
 
 
+def test_macs_of_layers_that_keep_their_units_count_too():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ConvTranspose2d(12, 2, 2, 2), nn.Flatten(),
+        nn.Linear(128, 5),
+    )  # fmt: skip
+    kill(net[0], rows=[1])
+    cut = checked(net, IMAGES)
+    assert cut.of_macs == 36 * 8 * 27 + 16 * 12 * 2 * 9 + 16 * 12 * 2 * 4 + 128 * 5
+
+
 def test_weights_that_stay_are_bit_equal():
     net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
     kill(net[2], columns=[1, 4])

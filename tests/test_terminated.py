@@ -1,4 +1,4 @@
-"""SIGTERM while the command line exports: nothing half done is left, and nobody else's handler is touched."""
+"""SIGTERM while the command line works: nothing half done is left, and nobody else's handler is touched."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_deploy import FACTS, SMALL, compressed, make_task, mlp, pair
 
-from autocompress import cli
+from autocompress import api, cli, file_bench
 from autocompress.deploy import verify
 from autocompress.deploy.export import export
 
@@ -84,6 +84,24 @@ def test_a_second_one_does_not_stop_the_tidying(default):
     assert ended.value.code == 143
 
 
+def test_bench_ends_with_143(default, monkeypatch, tmp_path):
+    file = tmp_path / "model.onnx"
+    file.touch()
+    monkeypatch.setattr(file_bench, "bench_file", terminate)
+    monkeypatch.setattr(api, "bench", terminate)
+    for arguments in (["bench", str(file)], ["bench"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 143
+
+
+def test_a_search_ends_as_by_ctrl_c(default, monkeypatch, capsys):
+    """Also where no trial runs and `engine` does not listen."""
+    monkeypatch.setattr(api, "search", terminate)
+    assert cli.main(["search", "digits"]) == 130
+    assert "nothing was started" in capsys.readouterr().err
+
+
 def test_a_handler_of_ones_own_is_left_alone():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
@@ -114,7 +132,7 @@ def test_the_process_ends_with_143(made, tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         from test_deploy import FACTS, make_task, mlp
-        from autocompress import cli
+        from autocompress import api, cli, file_bench
         from autocompress.deploy import verify
         from autocompress.deploy.export import export
 

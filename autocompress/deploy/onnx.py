@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from autocompress.compress.tracing import quiet
+from autocompress.deploy.gelu import reordered
 from autocompress.deploy.torch_registry import kept_registry
 from autocompress.errors import ExportError
 from autocompress.tasks.wording import one_line
@@ -285,6 +286,7 @@ def graph_of(
     Nothing is folded into weights that have such a form; if `whole`, into none of two or more axes.
     """
     model, forms = _exported(module, inputs, keywords, outputs, whole)
+    reordered(model.graph)
     _strip(model)
     return model, forms
 

@@ -64,6 +64,8 @@ def slimmed(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> tup
         places = _places(layer)
         macs[0] += places * math.prod(after)
         macs[1] += places * math.prod(before)
+    others = sum(_macs_of(node) for node in graph.nodes if node not in found.layers)
+    macs = [count + others for count in macs]
     for node in graph.nodes:
         if dead_units.operator(node) == "batch_norm" and node in found.values:
             _select(graph_module, node, range(1, 5), found)
@@ -80,8 +82,26 @@ def slimmed(module: nn.Module, inputs: Mapping[str, Any], keywords: bool) -> tup
 
 def _places(layer: Layer) -> int:
     """How often a weight is used for one example."""
-    shape = layer.node.meta["val"].shape
-    return math.prod(_for_one(size) for k, size in enumerate(shape) if k != layer.outputs.axis)
+    return _but_for(layer.outputs.axis, layer.node)
+
+
+def _macs_of(node: fx.Node) -> int:
+    """Of an example in a layer that keeps its units, such as a grouped or transposed convolution; 0 of other nodes."""
+    name = dead_units.operator(node)
+    transposed = name.startswith("conv_transpose")
+    if not (name == "linear" or name in dead_units.CONVOLUTIONS or transposed):
+        return 0
+    source, weight = node.args[:2]
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    kernel, places = weight.meta["val"].shape, source if transposed else node
+    axis = len(places.meta["val"].shape) - (1 if name == "linear" else len(kernel) - 1)
+    return _but_for(axis, places) * math.prod(map(_for_one, kernel))
+
+
+def _but_for(axis: int, node: fx.Node) -> int:
+    """The elements of a node's value for one example, along all axes but one."""
+    return math.prod(_for_one(size) for k, size in enumerate(node.meta["val"].shape) if k != axis)
 
 
 def _for_one(size: int | torch.SymInt) -> int:
