@@ -6,8 +6,8 @@
 onnxruntime.quantization on the float32 file: `static` (QDQ, per channel, calibrated on the same number of training
 examples), `static7` the same with reduce_range, `dynamic`. Calls of one example and of 32 are timed in turns, warm,
 on one thread; speed is the float32 file's time over theirs, the median of ratios of one round. The metric is that of
-the whole test set, the error the root mean square of the outputs' differences from float32's over theirs. minilm needs
-the folder that `pretrained_nets.py` describes.
+the whole test set, the error the root mean square of the outputs' differences from float32's over theirs. minilm and
+crnn-lstm, the text reader with torch's own LSTM, need the folder that `pretrained_nets.py` describes.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def tasks(pretrained: Path | None) -> dict[str, Callable[[], Task]]:
         import pretrained_nets
 
         found |= {name: (lambda load=load: load(pretrained)) for name, load in pretrained_nets.NETS.items()}
+        found["crnn-lstm"] = lambda: pretrained_nets.crnn(pretrained, whole=True)
     return found
 
 
@@ -212,7 +213,7 @@ def main() -> int:
     logging.disable(logging.WARNING)  # of the peers
     known = tasks(arguments.pretrained)
     standard = [name for name in known if name in ("digits", "mnist-lenet5", "fashion-lenet5", "cifar10-resnet8")]
-    names = arguments.only or [*standard, "mlp-1024", *(["minilm"] if "minilm" in known else [])]
+    names = arguments.only or [*standard, "mlp-1024", *(name for name in ("minilm", "crnn-lstm") if name in known)]
     every = {}
     for name in names:
         task = known[name]()
