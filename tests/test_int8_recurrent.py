@@ -248,3 +248,14 @@ def test_a_file_follows_the_timer(form, tmp_path, monkeypatch):
     kinds = operations(onnx.load(tmp_path / "out" / manifest["file"]))
     assert ("DynamicQuantizeLSTM" in kinds) is (form == "dynamic")
     assert ("LSTM" in kinds) is (form == "weights")
+
+
+def test_biases_of_a_recurrent_operation_are_not_rounded():
+    """Those of both directions and sides are a constant of two axes, here of 4,096 elements."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": (2, 1024, 3), "r": (2, 1024, 256), "b": (2, 2048)}
+    held = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), name) for name, s in arrays.items()]
+    node = helper.make_node("LSTM", ["x", "w", "r", "b"], ["y"], hidden_size=256, direction="bidirectional")
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], held))
+    assert [(layer.kind, layer.name) for layer in layers_of(model)] == [("recurrent", "w")]

@@ -102,7 +102,10 @@ class Graph:
 
 
 def layers_of(model: Any) -> list[Layer]:
-    """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs."""
+    """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs.
+
+    What a recurrent operation adds (biases of two axes) is none.
+    """
     graph = Graph(model.graph)
     found = [layer for node in graph.proto.node if (layer := _layer(graph, node)) is not None]
     sharing: dict[str, list[Layer]] = {}
@@ -111,6 +114,7 @@ def layers_of(model: Any) -> list[Layer]:
     alike = {name for name, same in sharing.items() if _alike(same) and len(same) == _reads(graph, name)}
     good = [layer for layer in found if layer.kind == "add" or {part.name for part in layer.weights} <= alike]
     taken = {part.name for layer in good for part in layer.weights}
+    taken |= {name for node in graph.proto.node if node.op_type in RECURRENT for name in node.input[3:]}
     return good + [
         Layer("constant", name, (), (), name, array)
         for name, array in graph.constants.items()

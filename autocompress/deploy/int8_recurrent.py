@@ -29,6 +29,8 @@ def joined(model: Any, exact: Mapping[str, Form]) -> tuple[Any, dict[str, Form]]
     chains = {name: _chain(graph, name) for name in dict.fromkeys(read) if name in graph.maker}
     leaves = {name: _weights(graph, chain) for name, chain in chains.items()}
     arrays = _computed(model, graph, {name: chain for name, chain in chains.items() if leaves[name]})
+    if not arrays:
+        return model, dict(exact)
     same: dict[tuple[Any, bytes], str] = {}
     first = {name: same.setdefault((array.shape, array.tobytes()), name) for name, array in arrays.items()}
     for node in made.graph.node:
@@ -71,6 +73,8 @@ def _weights(graph: Graph, chain: list[Any]) -> list[str]:
 
 def _computed(model: Any, graph: Graph, chains: Mapping[str, list[Any]]) -> dict[str, Array]:
     """By name what the chains give."""
+    if not chains:
+        return {}
     nodes = {node.output[0]: node for chain in chains.values() for node in chain}
     ordered = [node for node in graph.proto.node if node.output[0] in nodes]
     read = {name for node in ordered for name in node.input}
@@ -78,4 +82,4 @@ def _computed(model: Any, graph: Graph, chains: Mapping[str, list[Any]]) -> dict
     outputs = [helper.make_empty_tensor_value_info(name) for name in chains]
     part = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
     part.graph.CopyFrom(helper.make_graph(ordered, "weights", [], outputs, given))
-    return dict(zip(chains, session_of(part).run(list(chains), {}), strict=True)) if chains else {}
+    return dict(zip(chains, session_of(part).run(list(chains), {}), strict=True))
