@@ -4,16 +4,18 @@
 
 `float32` is the uncompressed model's ONNX export, `int8` the format onnx-int8 of the same artifact; the others are
 onnxruntime.quantization on the float32 file: `static` (QDQ, per channel, calibrated on the same number of training
-examples), `static7` the same with reduce_range, `dynamic`. Calls of one example and of 32 are timed in turns, warm,
+examples), `static7` the same with reduce_range, `dynamic`; they get it with the weights of LSTM and GRU as constants,
+without which they leave these in float32. Calls of one example and of 32 are timed in turns, warm,
 on one thread; speed is the float32 file's time over theirs, the median of ratios of one round. The metric is that of
-the whole test set, the error the root mean square of the outputs' differences from float32's over theirs. minilm needs
-the folder that `pretrained_nets.py` describes.
+the whole test set, the error the root mean square of the outputs' differences from float32's over theirs. minilm and
+crnn-lstm, the text reader with torch's own LSTM, need the folder that `pretrained_nets.py` describes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import logging
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +36,7 @@ from torch import nn
 from autocompress.deploy.export import export
 from autocompress.deploy.files import FILES, write_file
 from autocompress.deploy.int8 import EXAMPLES
+from autocompress.deploy.int8_recurrent import joined
 from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
 from autocompress.deploy.turns import in_turns
@@ -69,16 +73,44 @@ def mlp() -> Task:
     return Task(net.eval(), train, val, test, F.cross_entropy, accuracy, name="mlp-1024", metric_name="accuracy")
 
 
+class Rows(nn.Module):
+    """An image (N, 1, 8, 8) read row by row, both ways, by a GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(8, 128, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(x.squeeze(1))[0].mean(1))
+
+
+def gru() -> Task:
+    """A GRU on `digits`, trained for 15 epochs, in seconds."""
+    task = load_task("digits")
+    x, y = task.train
+    torch.manual_seed(0)
+    net = Rows()
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(15):
+        for at in torch.randperm(len(x)).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x[at]), y[at]).backward()
+            optimiser.step()
+    return dataclasses.replace(task, model=net.eval(), name="digits-gru")
+
+
 def tasks(pretrained: Path | None) -> dict[str, Callable[[], Task]]:
     """By name how each net is loaded."""
     found: dict[str, Callable[[], Task]] = {
         name: (lambda name=name: load_task(name)) for name in ("digits", "mnist-lenet5", "fashion-lenet5")
     }
-    found |= {"cifar10-resnet8": lambda: load_task("cifar10-resnet8"), "mlp-1024": mlp}
+    found |= {"cifar10-resnet8": lambda: load_task("cifar10-resnet8"), "mlp-1024": mlp, "digits-gru": gru}
     if pretrained is not None:
         import pretrained_nets
 
         found |= {name: (lambda load=load: load(pretrained)) for name, load in pretrained_nets.NETS.items()}
+        found["crnn-lstm"] = lambda: pretrained_nets.crnn(pretrained, whole=True)
     return found
 
 
@@ -154,7 +186,9 @@ def measured(name: str, task: Task, batch_sizes: tuple[int, ...], turns: int) ->
         manifest = export(artifact, task, "onnx-int8", folder / "out", {})
         seconds = time.perf_counter() - began
         files["int8"] = folder / "out" / FILES["onnx-int8"]
-        files |= dict(peers(files["float32"], task, recorder, folder))
+        whole = folder / "whole.onnx"
+        onnx.save(joined(onnx.load(files["float32"]), {})[0], whole)
+        files |= dict(peers(whole, task, recorder, folder))
         rows: dict[str, dict[str, float]] = {}
         wanted = None
         for kind, file in files.items():
@@ -212,7 +246,7 @@ def main() -> int:
     logging.disable(logging.WARNING)  # of the peers
     known = tasks(arguments.pretrained)
     standard = [name for name in known if name in ("digits", "mnist-lenet5", "fashion-lenet5", "cifar10-resnet8")]
-    names = arguments.only or [*standard, "mlp-1024", *(["minilm"] if "minilm" in known else [])]
+    names = arguments.only or [*standard, "mlp-1024", *(name for name in ("minilm", "crnn-lstm") if name in known)]
     every = {}
     for name in names:
         task = known[name]()

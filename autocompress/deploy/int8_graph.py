@@ -3,6 +3,7 @@
 static    x -> QuantizeLinear -> DequantizeLinear -> Conv, Gemm or MatMul of dequantized weights -> ReLU -> the same
           again: every 8-bit tensor is wrapped in such a pair, and onnxruntime joins what stands between two of them.
 dynamic   x -> DynamicQuantizeLinear -> MatMulInteger -> times the scales -> plus the bias
+          an LSTM as onnxruntime's DynamicQuantizeLSTM
 A lookup of rows takes them from an INT8 table and multiplies them with the scales of its columns.
 
 Weights of products are stored as (inputs, outputs), never transposed, since otherwise nothing is fused.
@@ -20,10 +21,22 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from autocompress.compress.ranges import Grid
-from autocompress.deploy.int8_layers import CARRIERS, Forms, Graph, Layer, own_ranges, range_nodes, without_dead_ends
+from autocompress.deploy.int8_layers import (
+    CARRIERS,
+    Forms,
+    Graph,
+    Layer,
+    first_output,
+    own_ranges,
+    range_nodes,
+    without_dead_ends,
+)
 from autocompress.deploy.int8_weights import Rounded
 
 Array = NDArray[Any]
+
+_MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operations, which every build of it has."""
 
 
 def int8_graph(
@@ -44,6 +57,8 @@ def int8_graph(
     made.graph.node.extend(nodes)
     made.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in build.constants.items())
     without_dead_ends(made.graph)
+    if any(node.domain == _MICROSOFT for node in nodes):
+        made.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
     return made
 
 
@@ -106,7 +121,7 @@ class _Build:
         self.covered: set[str] = set()
         for layer, form in forms.items():
             if form in ("static", "dynamic"):
-                self.first[layer.nodes[0].output[0]] = layer
+                self.first[first_output(layer.nodes[0])] = layer
                 self.covered |= {name for node in layer.nodes for name in node.output}
         self.forms = forms
         self.tensors = _Tensors(model, forms, ranges)
@@ -118,9 +133,10 @@ class _Build:
     def instead_of(self, node: Any) -> list[Any]:
         """What stands in the place of a node of the float32 graph."""
         self.nodes = []
-        layer = self.first.get(node.output[0])
+        layer = self.first.get(first_output(node))
         if layer is not None:
-            rule = {"table": self._table, "add": self._add}.get(layer.kind, self._product)
+            rules = {"table": self._table, "add": self._add, "recurrent": self._lstm}
+            rule = rules.get(layer.kind, self._product)
             rule(layer)
         elif not set(node.output) <= self.covered:
             new = copy.deepcopy(node)
@@ -227,6 +243,28 @@ class _Build:
         self._emit("Cast", [f"{name}:i"], f"{name}:c", to=onnx.TensorProto.FLOAT)
         self._emit("Mul", [s, scales], f"{name}:m")
         self._biased(layer, "Mul", [f"{name}:c", f"{name}:m"], end)
+
+    def _lstm(self, layer: Layer) -> None:
+        """W and R go as (directions, inputs, gates' outputs), with a scale and a zero point per output.
+
+        Of zero points per direction onnxruntime would read beyond the end.
+        """
+        (node,) = layer.nodes
+        given = {name: value for name, value in layer.attributes.items() if name != "layout"}
+        inputs = [self.tensors.of(name) for name in node.input]
+        inputs += [""] * (8 - len(inputs))
+        for place, part in enumerate(layer.weights, 1):
+            weight = self.weights[part]
+            turned = np.ascontiguousarray(np.swapaxes(weight.levels, 1, 2))
+            scales = weight.scales.reshape(weight.levels.shape[:2])
+            inputs[place] = self._constant(f"{part.name}:w", turned)
+            inputs += [
+                self._constant(f"{part.name}:s", scales),
+                self._constant(f":zeros_{scales.shape}", np.zeros(scales.shape, np.int8)),
+            ]
+        self.nodes.append(
+            helper.make_node("DynamicQuantizeLSTM", inputs, list(node.output), domain=_MICROSOFT, **given)
+        )
 
     def _table(self, layer: Layer) -> None:
         weight = self.weights[layer]

@@ -18,6 +18,10 @@ Array = NDArray[Any]
 
 CARRIERS = frozenset(("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"))
 """Operations that move values and make none: their outputs have the ranges of their inputs."""
+RECURRENT = ("LSTM", "GRU", "RNN")
+"""Operations that read a weight for their inputs and one for their own last outputs."""
+UNRANGED = frozenset(("table", "constant", "recurrent"))
+"""Kinds of layers whose inputs need no range."""
 SMALLEST = 4096
 """Of constants that no layer reads and that are rounded, elements."""
 
@@ -26,11 +30,12 @@ SMALLEST = 4096
 class Layer:
     """Nodes of the graph that one 8-bit operation replaces.
 
-    `kind`: "conv", "gemm", "matmul" (any rank), "table" (a lookup of rows), "add" (no weight, two sources), or
-    "constant" (what other nodes read: it can be rounded, nothing more).
+    `kind`: "conv", "gemm", "matmul" (any rank), "table" (a lookup of rows), "add" (no weight, two sources),
+    "recurrent" (LSTM, GRU or RNN), or "constant" (what other nodes read: it can be rounded, nothing more).
     `nodes`: the operation, then what follows it alone: bias, normalisation, ReLU. `values`: its weight with the
-    normalisation in it, a convolution's (outputs, inputs, ...), another's (inputs, outputs); a table's (rows, width);
-    `turned`: the graph has it as (outputs, inputs).
+    normalisation in it, a convolution's (outputs, inputs, ...), another's (inputs, outputs); a table's (rows, width); a
+    recurrent one's (directions, gates' outputs, inputs). `turned`: the graph has it as (outputs, inputs).
+    `hidden`: of a recurrent layer the weight that meets its own last outputs, as a layer of its own without nodes.
     """
 
     kind: str
@@ -42,16 +47,30 @@ class Layer:
     bias: Array | None = None
     activation: Any = None
     turned: bool = False
+    hidden: Layer | None = None
 
     @property
-    def axis(self) -> int:
-        """The axis of the outputs in `values`."""
-        return {"conv": 0, "constant": self.values.ndim - 1}.get(self.kind, 1)
+    def axis(self) -> int | tuple[int, ...]:
+        """The axis of the outputs in `values`, or axes."""
+        axes: dict[str, int | tuple[int, ...]] = {
+            "conv": 0, "constant": self.values.ndim - 1, "recurrent": (0, 1)
+        }  # fmt: skip
+        return axes.get(self.kind, 1)
+
+    @property
+    def weights(self) -> tuple[Layer, ...]:
+        """The layer, and the one of its hidden weight: each has one."""
+        return (self,) if self.hidden is None else (self, self.hidden)
 
     @property
     def channels(self) -> int:
         """The axis of the channels in the source."""
         return 1 if self.kind == "conv" else -1
+
+    @property
+    def dynamic(self) -> bool:
+        """Of a recurrent layer, whether onnxruntime has it in 8 bits: an LSTM whose time is the first axis."""
+        return self.nodes[0].op_type == "LSTM" and not self.attributes.get("layout")
 
     @cached_property
     def attributes(self) -> dict[str, Any]:
@@ -83,15 +102,19 @@ class Graph:
 
 
 def layers_of(model: Any) -> list[Layer]:
-    """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs."""
+    """The layers in the graph's order, then constants, to which a weight that is read in several ways belongs.
+
+    What a recurrent operation adds (biases of two axes) is none.
+    """
     graph = Graph(model.graph)
     found = [layer for node in graph.proto.node if (layer := _layer(graph, node)) is not None]
     sharing: dict[str, list[Layer]] = {}
-    for layer in found:
-        sharing.setdefault(layer.name, []).append(layer)
+    for part in (part for layer in found for part in layer.weights):
+        sharing.setdefault(part.name, []).append(part)
     alike = {name for name, same in sharing.items() if _alike(same) and len(same) == _reads(graph, name)}
-    good = [layer for layer in found if layer.kind == "add" or layer.name in alike]
-    taken = {layer.name for layer in good}
+    good = [layer for layer in found if layer.kind == "add" or {part.name for part in layer.weights} <= alike]
+    taken = {part.name for layer in good for part in layer.weights}
+    taken |= {name for node in graph.proto.node if node.op_type in RECURRENT for name in node.input[3:]}
     return good + [
         Layer("constant", name, (), (), name, array)
         for name, array in graph.constants.items()
@@ -117,6 +140,7 @@ def _reads(graph: Graph, name: str) -> int:
 
 def _layer(graph: Graph, node: Any) -> Layer | None:
     rules = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul, "Gather": _table, "Add": _add}
+    rules |= dict.fromkeys(RECURRENT, _recurrent)
     return rules[node.op_type](graph, node) if node.op_type in rules and not node.domain else None
 
 
@@ -181,6 +205,19 @@ def _add(graph: Graph, node: Any) -> Layer | None:
     relu = graph.next(node.output[0], "Relu")
     nodes = (node,) if relu is None else (node, relu)
     return Layer("add", node.output[0], nodes, tuple(node.input), nodes[-1].output[0], activation=relu)
+
+
+def _recurrent(graph: Graph, node: Any) -> Layer | None:
+    weight, again = graph.constant(node, 1), graph.constant(node, 2)
+    if weight is None or again is None or not (_is_weight(weight) and _is_weight(again)):
+        return None
+    hidden = Layer("recurrent", node.input[2], (), (), node.input[2], again)
+    return Layer("recurrent", node.input[1], (node,), (node.input[0],), first_output(node), weight, hidden=hidden)
+
+
+def first_output(node: Any) -> str:
+    """The name of the first output that is wanted at all."""
+    return str(next(name for name in node.output if name))
 
 
 def _ended(

@@ -42,18 +42,24 @@ _SAME = 1e-3
 
 @dataclass(frozen=True)
 class Rounded:
-    """`levels` (int8, the weight's shape), `scales` (float32, one per index of `axis`), whether nothing was lost."""
+    """`levels` (int8, the weight's shape), `scales` (float32, one per index of `axis`), whether nothing was lost.
+
+    Of several axes, which are then the first ones, there is a scale per tuple of indices, in their order.
+    """
 
     levels: Array
     scales: Array
-    axis: int
+    axis: int | tuple[int, ...]
     exact: bool
 
     def values(self) -> NDArray[np.float32]:
         """What the levels stand for."""
-        shape = [1] * self.levels.ndim
-        shape[self.axis] = -1
-        return (self.levels.astype(np.float32) * self.scales.reshape(shape)).astype(np.float32)
+        return (self.levels.astype(np.float32) * self.spread(self.scales)).astype(np.float32)
+
+    def spread(self, numbers: Array) -> Array:
+        """Numbers per scale in a shape that meets the levels'."""
+        axes = _axes(self.axis)
+        return numbers.reshape([size if axis in axes else 1 for axis, size in enumerate(self.levels.shape)])
 
     def holding(self, bias: Array, step: float) -> Rounded:
         """The weight, itself where it will do, with scales such that int32 holds the bias in steps of `scale * step`.
@@ -61,32 +67,36 @@ class Rounded:
         A row of smaller weights gets a wider scale, on which most of them are zero: beside the bias they do not count.
         Of a row of zeros the bias alone tells the scale.
         """
-        others = tuple(axis for axis in range(self.levels.ndim) if axis != self.axis)
+        others = tuple(axis for axis in range(self.levels.ndim) if axis not in _axes(self.axis))
         used = np.where(self.levels.any(axis=others), self.scales.astype(np.float64), 0.0)
         least = np.abs(bias.astype(np.float64)) / (_MOST_STEPS * step)
         scales = np.maximum(np.maximum(used, least), _TINY / min(step, 1.0)).astype(np.float32)
         if np.array_equal(scales, self.scales):
             return self
-        shape = [1] * self.levels.ndim
-        shape[self.axis] = -1
-        levels = np.rint(self.levels * (used / scales).reshape(shape)).astype(np.int8)
+        levels = np.rint(self.levels * self.spread(used / scales)).astype(np.int8)
         return Rounded(levels, scales, self.axis, self.exact)
 
 
-def rounded(values: NDArray[np.float32], axis: int, *, alone: bool) -> Rounded:
+def _axes(axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (axis,) if isinstance(axis, int) else axis
+
+
+def rounded(values: NDArray[np.float32], axis: int | tuple[int, ...], *, alone: bool) -> Rounded:
     """The weight's levels per index of `axis`: those of its own grid where it has one, else of the least squared error.
 
     The error is the least among steps tried. If not `alone` no two neighbours overflow (`safe`).
     """
-    moved = np.moveaxis(values, axis, 0)
-    rows = moved.reshape(len(moved), -1)
+    places = range(len(_axes(axis)))
+    moved = np.moveaxis(values, _axes(axis), places)
+    shape = (-1, *moved.shape[len(places) :])
+    rows = moved.reshape(int(np.prod(moved.shape[: len(places)])), -1)
     steps = np.array(list(takewhile(bool, (step_of(row, MOST) for row in rows))))
     exact = len(steps) == len(rows)
     levels = _levels(rows, steps) if exact else np.zeros(0, np.int8)
-    if not exact or not (alone or safe(levels.reshape(moved.shape)).all()):
-        exact, steps = False, _best_steps(rows, moved.shape, alone)
+    if not exact or not (alone or safe(levels.reshape(shape)).all()):
+        exact, steps = False, _best_steps(rows, shape, alone)
         levels = _levels(rows, steps)
-    whole = np.ascontiguousarray(np.moveaxis(levels.reshape(moved.shape), 0, axis))
+    whole = np.ascontiguousarray(np.moveaxis(levels.reshape(moved.shape), places, _axes(axis)))
     return Rounded(whole, steps.astype(np.float32), axis, exact)
 
 
@@ -138,17 +148,16 @@ def safe(levels: NDArray[np.int8]) -> NDArray[np.bool_]:
     return good
 
 
-def float_form(name: str, rounded: Rounded, exact: Form | None) -> Form:
+def float_form(name: str, rounded: Rounded, exact: Form) -> Form:
     """The weight as float32 that is folded at load: its levels times their scales, or `exact` if that is no longer."""
-    shape = [1] * rounded.levels.ndim
-    shape[rounded.axis] = -1
     nodes = (
         helper.make_node("Cast", [f"{name}:levels"], [f"{name}:float"], to=onnx.TensorProto.FLOAT),
         helper.make_node("Mul", [f"{name}:float", f"{name}:scales"], [name]),
     )
-    constants: Mapping[str, Array] = {f"{name}:levels": rounded.levels, f"{name}:scales": rounded.scales.reshape(shape)}
+    scales = rounded.spread(rounded.scales)
+    constants: Mapping[str, Array] = {f"{name}:levels": rounded.levels, f"{name}:scales": scales}
     form = Form("int8", nodes, constants)
-    return exact if exact is not None and exact.size_bytes <= form.size_bytes else form
+    return exact if exact.size_bytes <= form.size_bytes else form
 
 
 def level_form(name: str, levels: Array) -> Form | None:
