@@ -239,7 +239,7 @@ def _search(
     aim = prepared(target, timing, bench)
     trials, epochs = _scope(bench, found, cluster, aim, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
-    chains = chains_within(sweep or trials - 1, cluster.workers)
+    chains = chains_within(sweep or trials - 1, cluster.workers, timed=timing is not None)
     settings = Settings(
         study=name or records.new_name(task.name),
         task=task.name,

@@ -69,6 +69,7 @@ def test_many_workers_still_reach_all_prices():
 @pytest.mark.parametrize(("trials", "workers", "chains"), [(24, 2, 2), (24, 32, 8), (2, 4, 1), (1, 1, 1)])
 def test_chains_are_long_enough_to_rise(trials, workers, chains):
     assert continuation.chains_within(trials, workers) == chains
+    assert continuation.chains_within(trials, workers, timed=True) == max(chains, min(2, max(1, trials // 3)))
 
 
 def test_the_newest_chain_goes_on_first():

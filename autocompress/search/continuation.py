@@ -93,9 +93,12 @@ def steps_within(trials: int, chains: int) -> int:
     return max(FEWEST, min(STEPS, trials // chains))
 
 
-def chains_within(trials: int, workers: int) -> int:
-    """Chains for so many trials: one a worker, but none of fewer than `FEWEST` trials."""
-    return max(1, min(workers, trials // FEWEST))
+def chains_within(trials: int, workers: int, *, timed: bool = False) -> int:
+    """Chains for so many trials: one a worker, but none of fewer than `FEWEST` trials.
+
+    Two at least where time counts (`timed`): the first chain makes no layer narrower.
+    """
+    return max(1, min(max(workers, 2 if timed else 1), trials // FEWEST))
 
 
 def _spread(index: int) -> float:
