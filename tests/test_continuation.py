@@ -225,7 +225,7 @@ def test_a_search_by_continuation_keeps_the_fronts_states_and_names_parents(tmp_
 
 def test_resumed_it_proposes_what_it_would_have(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
     monkeypatch.setattr(continuation, "steps_within", lambda *_: STEPS)  # as if as many trials had been asked for
-    monkeypatch.setattr(continuation, "chains_within", lambda *_: 2)
+    monkeypatch.setattr(continuation, "chains_within", lambda *_, **__: 2)
     whole = searched(tmp_path, 9, sampler="continuation", workers=2, name="whole").record
     searched(tmp_path, 5, sampler="continuation", workers=2, name="parts")
     parts = api.resume("parts", trials=9, dir=tmp_path / "runs").record
