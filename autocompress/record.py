@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 from autocompress import pareto
 from autocompress.errors import UsageError
 from autocompress.plan import LayerSpec, Measurement, Plan
-from autocompress.timing import Timing, parse_latency, ratio_of, step, timed_format
+from autocompress.timing import Timing, parse_latency, quantity, ratio_of, step, timed_format
 
 STATES = ("running", "complete", "stopped", "failed")
 
@@ -353,13 +353,7 @@ def parse_drop(text: str | float) -> tuple[float, bool]:
 def parse_size(text: str | int) -> int:
     """Bytes from "50KB", "1.5MB", "800B", 800. KB and MB are 1000s, KiB and MiB 1024s."""
     units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "b": 1, "": 1}
-    raw = str(text).strip().lower()
-    digits = raw.rstrip("bikmg ")
-    unit = raw[len(digits) :].strip()
-    try:
-        size = float(digits) * units[unit]
-    except (ValueError, KeyError):
-        size = math.nan
+    size, _ = quantity(text, units)
     if not (math.isfinite(size) and size >= 1):
         raise UsageError(f"max-size is {text!r}, allowed: bytes such as 50KB, 1.5MB or 800")
     return int(size)

@@ -69,16 +69,20 @@ def ratio_of(limit: str | float, baseline: float) -> float:
 
 def parse_latency(text: str | float) -> tuple[float, bool]:
     """("0.7x" or 0.7 -> (0.7, True)), ("2ms" -> (0.002, False)). Raises UsageError for anything else."""
-    raw = str(text).strip().lower()
-    units = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "x": 1.0, "": 1.0}
-    digits = raw.rstrip("msux ")
-    unit = raw[len(digits) :].strip()
-    try:
-        number = float(digits) * units[unit]
-    except (ValueError, KeyError):
-        number = math.nan
+    number, unit = quantity(text, {"us": 1e-6, "ms": 1e-3, "s": 1.0, "x": 1.0, "": 1.0})
     if not (math.isfinite(number) and number > 0) or (unit == "" and isinstance(text, str)):
         raise UsageError(
             f"max-latency is {text!r}, allowed: times the float32 model's such as 0.7x, or a time such as 2ms or 150us"
         )
     return number, unit in ("x", "")
+
+
+def quantity(text: object, units: Mapping[str, float]) -> tuple[float, str]:
+    """("2.5 KB", {"kb": 1000}) -> (2500.0, "kb"); NaN where it is no number of one of the units, in lower case."""
+    raw = str(text).strip().lower()
+    digits = raw.rstrip("".join(units) + " ")
+    unit = raw[len(digits) :].strip()
+    try:
+        return float(digits) * units[unit], unit
+    except (ValueError, KeyError):
+        return math.nan, unit

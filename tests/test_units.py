@@ -147,11 +147,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("recipe", [Recipe(2.0, 1e-2), Recipe(2.0, 1e-2, rate=0.5)], ids=["free", "priced"])
-@pytest.mark.parametrize("name", OPTIONS)
+ONE_SCALE = [name for name in OPTIONS if name not in {"channels", "scales"}]
+"""What goes with a price."""
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [(name, Recipe(2.0, 1e-2)) for name in OPTIONS] + [(name, Recipe(2.0, 1e-2, rate=0.5)) for name in ONE_SCALE],
+)
 def test_units_stay_zero_in_finetuning_and_the_export_leaves_them_out(bench, name, recipe):
-    if recipe.rate and name in {"channels", "scales"}:
-        pytest.skip("a price goes with one scale")
     plan = plan_of(bench, HALF, recipe, **OPTIONS[name])
     outcome = last(bench, plan)
     module = weights_of(bench, outcome)
