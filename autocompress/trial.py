@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 
 import autocompress
 from autocompress.codec import container
-from autocompress.compress import apply, artifact, calibrate, lowrank
+from autocompress.codec.tensors import Artifact
+from autocompress.compress import apply, artifact, calibrate, lowrank, order
 from autocompress.compress.activations import Activation, find_activations
 from autocompress.compress.estimate import Estimator
 from autocompress.compress.factors import Factoriser
@@ -280,6 +281,31 @@ class Workbench:
             order = batches(task.train, task.batch_size, shuffle_seed=0, device=self.device)
             recalibrate(model, (augment(x) for x, _ in islice(order, BATCHES)))
 
+    def written(self, model: apply.Compressed, effort: str = container.AUTO) -> bytes:
+        """The file of a compressed model, its units in an order that takes fewer bytes where one is tried (`order`)."""
+        source, tensors = self.task.model, model.encode()
+        plain = artifact.described(source, model.plan, tensors, autocompress.__version__, grids=model.grids())
+        data = container.pack(plain, effort)
+        if not order.is_tried(tensors, effort):
+            return data
+        moved = order.ordered(tensors, self.units.wiring)
+        if all(moved[key] is tensor for key, tensor in tensors.items()):
+            return data
+        other = replace(plain, tensors=moved)
+        return min(data, container.pack(other, effort), key=len) if self._agree(plain, other) else data
+
+    def _agree(self, one: Artifact, other: Artifact) -> bool:
+        """Whether two artifacts compute the same for an example but for rounding."""
+        inputs = self.example()
+        found = []
+        for each in (one, other):
+            module = artifact.restore(each, self.task.model).to(self.device)
+            with torch.no_grad(), preserved(0):
+                found.append(list(float_tensors(call_model(module, inputs))))
+        return all(
+            float((a - b).norm()) <= order.TOLERANCE * float(a.norm()) for a, b in zip(found[0], found[1], strict=True)
+        )
+
     @cached_property
     def _guides(self) -> Any:
         """The uncompressed model's outputs on a pair of tensors, once for all trials, if they fit in memory.
@@ -407,8 +433,7 @@ def _outcomes(
             bench.recalibrate(model)
         if (name := model.broken()) is not None:
             raise TrialFailed(f"after {epoch:g} epochs of finetuning {name!r} holds values that are not finite")
-        tensors, grids = model.encode(), model.grids()
-        data = artifact.write(bench.task.model, model.plan, tensors, autocompress.__version__, effort, grids=grids)
+        data = bench.written(model, effort)
         decoded = artifact.restore(container.unpack(data, max_elements=_ANY), bench.task.model).to(bench.device)
         found = deployed(bench.task, data, plan)
         metric = evaluate(bench.task, decoded, "val") if found.metric_val is None else found.metric_val

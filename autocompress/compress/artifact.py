@@ -58,12 +58,24 @@ def write(
     *,
     grids: Mapping[str, ranges.Grid] | None = None,
 ) -> bytes:
-    """The file's bytes. `model` is the uncompressed one: its architecture goes in where it is a standard tree.
+    """The bytes of the file of `described`; `effort` is one of `container.EFFORTS`."""
+    return container.pack(described(model, plan, tensors, version, grids=grids), effort)
 
-    `effort` is one of `container.EFFORTS`, `grids` the ranges of layers' inputs by layer name.
+
+def described(
+    model: nn.Module,
+    plan: Plan,
+    tensors: Mapping[str, Coded | Raw],
+    version: str,
+    *,
+    grids: Mapping[str, ranges.Grid] | None = None,
+) -> Artifact:
+    """What a file holds. `model` is the uncompressed one: its architecture goes in where it is a standard tree.
+
+    `grids` are the ranges of layers' inputs by layer name.
     """
     header = described_plan(plan, version) | described_model(model) | described_grids(grids or {})
-    return container.pack(Artifact(tensors, header), effort)
+    return Artifact(tensors, header)
 
 
 def described_plan(plan: Plan, version: str) -> dict[str, Any]:

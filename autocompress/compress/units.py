@@ -36,11 +36,22 @@ from autocompress.plan import LayerSpec, Plan
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor has units: along axis 0 or 1, each of `repeat` indices in a row."""
+
+    key: str
+    axis: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
 class Group:
     """Units that go together: `size` of each of the layers, by name in the model's order.
 
     `beside` are the state keys of what is zero along with a row: biases, scales and shifts; `norms` for a layer those
     of scale and variance, and epsilon, of the normalisation right behind it. `why` says why no unit can go.
+    `places` are all that the units stand in: in another order there, the model computes the same; empty where these
+    are not all known.
     """
 
     size: int
@@ -48,6 +59,7 @@ class Group:
     beside: frozenset[str]
     norms: Mapping[str, tuple[str | None, str, float]]
     why: str = ""
+    places: frozenset[Place] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -286,7 +298,21 @@ class _Graph:
             why = "its outputs are added to a concatenation"
         elif self._shares(layers):
             why = "a bias or a normalisation is used in several places"
-        return Group(space.size, tuple(known), frozenset(key for key in beside if key), scaled, why)
+        places = frozenset() if why else self._places(layers)
+        return Group(space.size, tuple(known), frozenset(key for key in beside if key), scaled, why, places)
+
+    def _places(self, layers: Sequence[Layer]) -> frozenset[Place]:
+        """Where the units of a group stand; none where a tensor is no layer's, or a concatenation reads them."""
+        space = layers[0].outputs.space.root()
+        if any(part.units.root() is space for parts in self.found.parts.values() for part in parts):
+            return frozenset()
+        read = [at for at in self.found.layers.values() if at.inputs.space.root() is space and not at.depthwise]
+        rows = [*(at.node.args[1] for at in layers), *self.beside(layers)]
+        rows += [arg for node in self.norms(space) for arg in node.args[3:5]]
+        if any(self.name(layer) is None for layer in read) or any(self.key(node) is None for node in rows):
+            return frozenset()
+        columns = {Place(self.key(at.node.args[1]) or "", 1, at.inputs.repeat) for at in read}
+        return frozenset({Place(self.key(node) or "", 0) for node in rows} | columns)
 
     def _joins(self, space: Space) -> bool:
         """Whether a space is also that of a concatenation, whose parts have units of their own."""
