@@ -347,6 +347,7 @@ class Workbench:
     def estimate(self, plan: Plan) -> int:
         """About the bytes of the plan's file at rung 0 and effort "auto", without compressing the model.
 
+        Units stand as in the model: a file in which another order pays (`order`) is up to 5 % smaller.
         The first plans take up to seconds, in which layers are sorted and coded at a few settings; later
         ones take milliseconds. Raises PlanError and TrialFailed as `run_trial` does.
         """
