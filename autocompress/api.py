@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -518,22 +518,30 @@ def _target(records: Records, uri: str) -> Any:
 
 
 def _same_study(old: Settings, new: Settings) -> None:
-    """Raise StudyError unless a study that exists is of this task, data, metric, space, seed and finetuning."""
+    """Raise StudyError unless a study that exists is of this task, data, metric, space, seed and finetuning.
+
+    What the default of something else depends on comes first: another space may follow from a latency.
+    """
+    _same_fingerprints(old, new, new.fingerprint.keys() - {"space"})
+    _same_values(old, ("seed", old.seed, new.seed), ("sampler", old.sampler, new.sampler))
+    _same_values(
+        old, ("target", old.target, new.target), ("latency", str(old.timing or "none"), str(new.timing or "none"))
+    )
+    _same_fingerprints(old, new, {"space"} & new.fingerprint.keys())
+    _same_values(old, ("finetune-epochs", old.epochs, new.epochs), ("effort", old.effort, new.effort))
+    _same_values(old, ("inherit", old.inherit, new.inherit))
+
+
+def _same_fingerprints(old: Settings, new: Settings, names: Collection[str]) -> None:
     for what, value in new.fingerprint.items():
-        if old.fingerprint.get(what) != value:
+        if what in names and old.fingerprint.get(what) != value:
             raise StudyError(
                 f"study {old.study!r} exists with another {what} (fingerprint {old.fingerprint.get(what)}, "
                 f"now {value}): give another --study name, or the same {what} as before"
             )
-    pairs = (
-        ("seed", old.seed, new.seed),
-        ("sampler", old.sampler, new.sampler),
-        ("finetune-epochs", old.epochs, new.epochs),
-        ("effort", old.effort, new.effort),
-        ("target", old.target, new.target),
-        ("latency", old.timing and str(old.timing), new.timing and str(new.timing)),
-        ("inherit", old.inherit, new.inherit),
-    )
+
+
+def _same_values(old: Settings, *pairs: tuple[str, object, object]) -> None:
     for what, before, now in pairs:
         if before != now:
             raise StudyError(f"study {old.study!r} exists with {what} {before}, not {now}: give another --study name")

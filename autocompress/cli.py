@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     _quiet()
     try:
-        options = _parser().parse_args(arguments)
+        options = _parsed(arguments)
         code: int = options.run(options)
         sys.stdout.flush()
         return code
@@ -50,6 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" {str(error.filename)!r}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}", 1)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command. What is unknown is told in that command's name."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if not unknown:
+        return options
+    parser.prog = f"autocompress {options.command}"
+    option = unknown[0].partition("=")[0]
+    begun = _Parser(add_help=False)
+    _new_search_options(begun)
+    if options.run is _resume and option in re.findall(r"--[\w-]+", begun.format_help()):
+        raise UsageError(
+            f"{option} is settled when a study begins: resume STUDY takes --trials, --workers and --time-budget; "
+            "for another one, search under a --study name of its own"
+        )
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def _fail(text: str, code: int) -> int:
@@ -74,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Command, text: str, *shared: Callable[[argparse.ArgumentParser], None]) -> Any:
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=name)
         for option in (*shared, _dir_option):
             option(command)
         return command
@@ -105,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="Get data sets.", description="Get data sets.")
     get = data.add_subparsers(required=True, metavar="get", parser_class=_Parser).add_parser("get", help="get one")
     get.add_argument("name", metavar="NAME", help="mnist or fashion-mnist")
-    get.set_defaults(run=_data_get)
+    get.set_defaults(run=_data_get, command="data get")
     _data_option(get)
     text = "Write a plan of the front to a deployment."
     add("export", _export, text, _study_argument, _goal_options, _export_options)

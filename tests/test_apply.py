@@ -227,6 +227,15 @@ def test_frozen_parameters_are_not_trained():
     assert names == {"0.weight", "0.bias", "3.weight", "5.bias", "7.weight", "7.bias"}
 
 
+def test_a_frozen_weight_that_is_compressed_is_finetuned():
+    """Compression moves it anyhow; what of the layer is not compressed stays."""
+    model = make().requires_grad_(False)
+    compressed = compress(plan_of(_5=LayerPlan(bits=2)), model=model)
+    assert list(compressed.others()) == []
+    (code,) = compressed.codes.values()
+    assert all(tensor.requires_grad for group in code.trained() for tensor in group)
+
+
 def test_a_model_with_channels_last_weights_is_compressed_alike():
     turned = copy.deepcopy(MODEL).to(memory_format=torch.channels_last)
     for plan in (PLANS["pruned codebook 4"], PLANS["spatial"], PLANS["ranks"]):
