@@ -377,7 +377,7 @@ def _say_if_short(session: Session, trials: int) -> None:
     record = session.record
     there = sum(trial.state != "running" for trial in record.trials)
     if there < trials and session.late:
-        how = f"autocompress resume {record.study}"
+        how = f"autocompress resume {record.study}{session.records.option}"
         _log.warning("the time budget is spent: %d of %d trials are done; go on with: %s", there, trials, how)
     elif there < trials:
         _log.warning("the search space holds no other plan: %d trials instead of %d", there, trials)
@@ -410,7 +410,8 @@ def _tracked(session: Session) -> Iterator[None]:
             session.tracker.finish(records_of(session.records, session.store), status)
         session.note_homes()
         if session.tracker.problem:
-            _log.warning("%s; when it is back, run: autocompress sync %s", session.tracker.problem, study)
+            again = f"autocompress sync {study}{session.records.option}"
+            _log.warning("%s; when it is back, run: %s", session.tracker.problem, again)
 
 
 def _measure_front(store: StudyStore, records: Records, task: Task, bench: Workbench, aim: Target) -> None:
@@ -477,6 +478,8 @@ def bench(
     artifacts = {number: point.artifact for number, point in points.items()}
     if target is None:
         target = timed_format(opened.record.target)
+    with records.lock(name):
+        pass  # what cannot be kept is not measured
     found = latency.measure(opened.required_task(), artifacts, target=target, batches=batches, threads=threads)
     with records.lock(name):
         store = StudyStore.open(records.file(name))

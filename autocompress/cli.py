@@ -411,13 +411,15 @@ def _link(record: StudyRecord, folder: str) -> str:
 
 def _plot(record: StudyRecord, path: Path) -> None:
     from autocompress import report
+    from autocompress.folders import writing
 
     draw = {".png": report.front_png, ".html": report.front_html}.get(path.suffix.lower())
     if draw is None:
         raise UsageError(f"plot is {str(path)!r}, allowed: a file that ends in .png or .html")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"folder {str(path.absolute().parent)!r} of --plot does not exist")
-    draw(record, path)
+    with writing(path):
+        draw(record, path)
 
 
 def _sync(options: argparse.Namespace) -> int:
@@ -452,7 +454,8 @@ def _ui(options: argparse.Namespace) -> int:
 
     record = api.open_study(options.study, dir=options.dir).record
     if not record.tracking_uri or not record.experiment_id:
-        raise UsageError(f"study {record.study!r} is not in MLflow yet: run autocompress sync {record.study}")
+        folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
+        raise UsageError(f"study {record.study!r} is not in MLflow yet: run autocompress sync {record.study}{folder}")
     root = Records.find(options.dir).mlflow_artifacts
     path = home_url(record.tracking_uri, record.experiment_id)
     tracking.serve(record.tracking_uri, root, options.port, path, _print_link)
@@ -503,6 +506,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _prune_rank(options: argparse.Namespace) -> int:
     from autocompress import api, rank_pruning, report
+    from autocompress.folders import write_file
     from autocompress.origins import load_origin, origin_of
 
     tolerance = rank_pruning.parse_tolerance(options.tolerance)
@@ -522,14 +526,14 @@ def _prune_rank(options: argparse.Namespace) -> int:
         bench, tolerance, activation=options.activation == "auto", scheme=options.scheme, effort=options.effort
     )
     if options.out:
-        Path(options.out).write_bytes(found.artifact)
+        write_file(Path(options.out), found.artifact)
     if options.plan:
-        Path(options.plan).write_text(json.dumps(found.plan.to_json(), indent=2) + "\n")
+        write_file(Path(options.plan), f"{json.dumps(found.plan.to_json(), indent=2)}\n".encode())
     if options.space:
         import yaml
 
         space = rank_pruning.space_from(found, bench.layers)
-        Path(options.space).write_text(yaml.safe_dump(space, sort_keys=False))
+        write_file(Path(options.space), yaml.safe_dump(space, sort_keys=False).encode())
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
         return 0

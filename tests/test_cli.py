@@ -297,6 +297,11 @@ def test_the_front_as_table_and_figures(study, done, fail):
     assert sorted(p.name for p in study.glob("*.gif")) == []
 
 
+def test_a_full_disk_names_the_file(study, fail):
+    Path("full.png").symlink_to("/dev/full")
+    assert fail(1, "front", "--plot", "full.png") == "file 'full.png' cannot be written: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -650,3 +650,24 @@ def test_the_null_tracker_does_nothing() -> None:
     tracker.log(record, record.trials[0])
     tracker.finish(record, "FINISHED")
     assert (tracker.home, tracker.problem) == (None, None)
+
+
+def test_a_store_whose_schema_could_not_be_finished_is_not_there(tmp_path, monkeypatch):
+    """MLflow does not mend a schema that a full disk, or a kill, left half made."""
+    from mlflow.store.db import utils
+
+    from autocompress.tracking.store import connect
+
+    def half(engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE datasets (dataset_uuid VARCHAR(36))")
+        raise OSError("No space left on device")
+
+    file = tmp_path / "records" / "mlflow.db"
+    with monkeypatch.context() as patched:
+        patched.setattr(utils, "_initialize_tables", half)
+        with pytest.raises(OSError, match="No space left"):
+            connect(f"sqlite:///{file}")
+    assert list(file.parent.iterdir()) == []
+    assert [e.name for e in connect(f"sqlite:///{file}").search_experiments()] == ["Default"]
+    assert not [path.name for path in file.parent.iterdir() if path.name.startswith(".")]
