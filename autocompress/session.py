@@ -28,6 +28,8 @@ from autocompress.search.study import StudyStore, artifact_name
 class Listener(Protocol):
     """Who watches a search (the terminal)."""
 
+    def doing(self, what: str) -> None: ...
+
     def started(self, job: Job) -> None: ...
 
     def measured(self, number: int, measurement: Measurement) -> None: ...
@@ -37,6 +39,9 @@ class Listener(Protocol):
 
 class Silent:
     """A listener that does nothing."""
+
+    def doing(self, what: str) -> None:
+        """What is done before the first trial, and after the last."""
 
     def started(self, job: Job) -> None:
         """A trial was handed to a worker."""
