@@ -591,6 +591,11 @@ def _export(options: argparse.Namespace) -> int:
         f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
         f"artifact on the test set; {out / 'manifest.json'} says how"
     )
+    if manifest["size_bytes"] > (archive := manifest["artifact"]["size_bytes"]):
+        print(
+            f"archive   {report.human_bytes(archive)}: the same plan as --format archive; this file is longer, "
+            "since it holds values and graph as its runtime reads them"
+        )
     if found := manifest.get("registered"):
         print(f"registered  {found['name']} version {found['version']}; serve it with:")
         uri = shlex.quote(found["tracking_uri"])
