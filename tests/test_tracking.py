@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.errors import TrackingError
+from autocompress.errors import TrackingError, UsageError
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
 from autocompress.record import StudyRecord, TrialRecord
 from autocompress.tracking import Home, LocalWriter, MlflowTracker, NullTracker, Target, default_uri, sync
@@ -671,3 +671,9 @@ def test_a_store_whose_schema_could_not_be_finished_is_not_there(tmp_path, monke
     assert list(file.parent.iterdir()) == []
     assert [e.name for e in connect(f"sqlite:///{file}").search_experiments()] == ["Default"]
     assert not [path.name for path in file.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_no_address_can_hold_is_refused(tmp_path):
+    assert default_uri(tmp_path / "a b #ü%20") == f"sqlite:///{tmp_path}/a b #ü%20/mlflow.db"
+    with pytest.raises(UsageError, match=r"has a '\?' in its name"):
+        default_uri(tmp_path / "what?")

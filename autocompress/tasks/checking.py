@@ -44,6 +44,9 @@ def check_task(task: Task) -> None:
         model = copy.deepcopy(task.model)
     except Exception as error:
         raise TaskError(f"{where}: model cannot be copied with copy.deepcopy: {one_line(error)}") from error
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise TaskError(f"{where}: model holds no values in {key!r}, which is on the meta device: load its weights")
     device = model_device(model)
     with randomness.preserved():
         parts = {split: to_device(_peek(task, split), device) for split in SPLITS}
