@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,9 @@ def search(
     from autocompress.deploy.target import check_target
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space_file import read_space
+    from autocompress.session import Silent
 
+    listener = listener or Silent()
     check_numbers(DEFAULT_TRIALS if trials is None else trials, seed, finetune_epochs)
     check_effort(effort)
     timing = _timing(latency, max_latency)
@@ -99,6 +101,7 @@ def search(
     origin = None
     if isinstance(task, str):
         origin = origin_of(task, data_dir)
+        listener.doing(f"loading task {task}")
         task = load_origin(origin)
     return _search(
         task,
@@ -141,6 +144,9 @@ def resume(
 
     A study begun from Python with a `Task` object needs that task again.
     """
+    from autocompress.session import Silent
+
+    listener = listener or Silent()
     records = Records.find(dir)
     name = records.existing(study)
     store = StudyStore.open(records.file(name))
@@ -151,6 +157,7 @@ def resume(
                 f"study {name!r} was begun from Python with a Task object: go on with "
                 f"autocompress.resume({name!r}, task=...)"
             )
+        listener.doing(f"loading task {settings.task}")
         task = load_origin(settings.origin)
     if trials is not None:
         check_numbers(trials, 0, None)
@@ -205,11 +212,11 @@ def _search(
     tracking_uri: str | None,
     address: str | None,
     command: str,
-    listener: Listener | None,
+    listener: Listener,
     on_preflight: Callable[[str, Preflight], None] | None,
 ) -> Study:
     from autocompress import engine, preflight
-    from autocompress.deploy.target import Target, prepared
+    from autocompress.deploy.target import Target
     from autocompress.search.continuation import (
         CONTINUATION,
         chains_within,
@@ -218,7 +225,7 @@ def _search(
     )
     from autocompress.search.samplers import check_sampler
     from autocompress.search.space import ladder
-    from autocompress.session import Session, Silent
+    from autocompress.session import Session
     from autocompress.tasks.batches import metric_name
     from autocompress.tasks.checking import check_task
     from autocompress.tasks.fingerprint import fingerprint
@@ -236,7 +243,7 @@ def _search(
     if epochs is None and along and name is not None and records.file(name).exists():
         before = StudyStore.open(records.file(name))
         epochs, trials = before.settings.epochs, before.asked if trials is None else trials
-    aim = prepared(target, timing, bench)
+    aim = _aim(target, timing, bench, listener)
     trials, epochs = _scope(bench, found, cluster, aim, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
     chains = chains_within(sweep or trials - 1, cluster.workers, timed=timing is not None)
@@ -274,6 +281,7 @@ def _search(
         records.mark_used(settings.study)
         left = max(0, trials - sum(t.state != "running" for t in store.record().trials))
         if on_preflight is not None:
+            listener.doing("measuring a few steps of finetuning")
             expected = preflight.preflight(
                 bench,
                 found,
@@ -288,13 +296,15 @@ def _search(
             )
             on_preflight(settings.study, expected)
         deadline = None if budget is None else time.monotonic() + budget
-        session = Session(store, records, listener or Silent(), deadline)
+        session = Session(store, records, listener, deadline)
         session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
             aim = Target(target, settings.timing, settings.baseline_bytes)
             if left:
                 trial = partial(run_trial, effort=settings.effort, deployed=aim)
+                listener.doing("starting Ray")
                 engine.run(task, session, cluster, left, settings.rungs, trial=trial, states=settings.inherit)
+            listener.doing("measuring the front on test data")
             _measure_front(store, records, task, bench, aim)
             _say_if_short(session, trials)
         return Study(records_of(records, store), records, task, settings.origin)
@@ -322,6 +332,15 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool, timed: boo
     preflight.check_space(found, bench)
     check_holds(target, found)
     return found
+
+
+def _aim(target: str, timing: Timing | None, bench: Workbench, listener: Listener) -> Target:
+    """What trials are measured by; its float32 export is made and run where sizes or times are those of exports."""
+    from autocompress.deploy.target import prepared
+
+    if target != "archive" or timing is not None:
+        listener.doing(f"exporting the float32 model and running it{' to time it' if timing else ''}")
+    return prepared(target, timing, bench)
 
 
 def _scope(
@@ -377,7 +396,7 @@ def _say_if_short(session: Session, trials: int) -> None:
     record = session.record
     there = sum(trial.state != "running" for trial in record.trials)
     if there < trials and session.late:
-        how = f"autocompress resume {record.study}"
+        how = f"autocompress resume {record.study}{session.records.option}"
         _log.warning("the time budget is spent: %d of %d trials are done; go on with: %s", there, trials, how)
     elif there < trials:
         _log.warning("the search space holds no other plan: %d trials instead of %d", there, trials)
@@ -410,7 +429,8 @@ def _tracked(session: Session) -> Iterator[None]:
             session.tracker.finish(records_of(session.records, session.store), status)
         session.note_homes()
         if session.tracker.problem:
-            _log.warning("%s; when it is back, run: autocompress sync %s", session.tracker.problem, study)
+            again = f"autocompress sync {study}{session.records.option}"
+            _log.warning("%s; when it is back, run: %s", session.tracker.problem, again)
 
 
 def _measure_front(store: StudyStore, records: Records, task: Task, bench: Workbench, aim: Target) -> None:
@@ -477,6 +497,8 @@ def bench(
     artifacts = {number: point.artifact for number, point in points.items()}
     if target is None:
         target = timed_format(opened.record.target)
+    with records.lock(name):
+        pass  # what cannot be kept is not measured
     found = latency.measure(opened.required_task(), artifacts, target=target, batches=batches, threads=threads)
     with records.lock(name):
         store = StudyStore.open(records.file(name))
@@ -518,22 +540,30 @@ def _target(records: Records, uri: str) -> Any:
 
 
 def _same_study(old: Settings, new: Settings) -> None:
-    """Raise StudyError unless a study that exists is of this task, data, metric, space, seed and finetuning."""
+    """Raise StudyError unless a study that exists is of this task, data, metric, space, seed and finetuning.
+
+    What the default of something else depends on comes first: another space may follow from a latency.
+    """
+    _same_fingerprints(old, new, new.fingerprint.keys() - {"space"})
+    _same_values(old, ("seed", old.seed, new.seed), ("sampler", old.sampler, new.sampler))
+    _same_values(
+        old, ("target", old.target, new.target), ("latency", str(old.timing or "none"), str(new.timing or "none"))
+    )
+    _same_fingerprints(old, new, {"space"} & new.fingerprint.keys())
+    _same_values(old, ("finetune-epochs", old.epochs, new.epochs), ("effort", old.effort, new.effort))
+    _same_values(old, ("inherit", old.inherit, new.inherit))
+
+
+def _same_fingerprints(old: Settings, new: Settings, names: Collection[str]) -> None:
     for what, value in new.fingerprint.items():
-        if old.fingerprint.get(what) != value:
+        if what in names and old.fingerprint.get(what) != value:
             raise StudyError(
                 f"study {old.study!r} exists with another {what} (fingerprint {old.fingerprint.get(what)}, "
                 f"now {value}): give another --study name, or the same {what} as before"
             )
-    pairs = (
-        ("seed", old.seed, new.seed),
-        ("sampler", old.sampler, new.sampler),
-        ("finetune-epochs", old.epochs, new.epochs),
-        ("effort", old.effort, new.effort),
-        ("target", old.target, new.target),
-        ("latency", old.timing and str(old.timing), new.timing and str(new.timing)),
-        ("inherit", old.inherit, new.inherit),
-    )
+
+
+def _same_values(old: Settings, *pairs: tuple[str, object, object]) -> None:
     for what, before, now in pairs:
         if before != now:
             raise StudyError(f"study {old.study!r} exists with {what} {before}, not {now}: give another --study name")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     _quiet()
     try:
-        options = _parser().parse_args(arguments)
+        options = _parsed(arguments)
         code: int = options.run(options)
         sys.stdout.flush()
         return code
@@ -50,6 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f" {str(error.filename)!r}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}", 1)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command. What is unknown is told in that command's name."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if not unknown:
+        return options
+    parser.prog = f"autocompress {options.command}"
+    option = unknown[0].partition("=")[0]
+    begun = _Parser(add_help=False)
+    _new_search_options(begun)
+    if options.run is _resume and option in re.findall(r"--[\w-]+", begun.format_help()):
+        raise UsageError(
+            f"{option} is settled when a study begins: resume STUDY takes --trials, --workers and --time-budget; "
+            "for another one, search under a --study name of its own"
+        )
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def _fail(text: str, code: int) -> int:
@@ -74,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Command, text: str, *shared: Callable[[argparse.ArgumentParser], None]) -> Any:
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=name)
         for option in (*shared, _dir_option):
             option(command)
         return command
@@ -105,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="Get data sets.", description="Get data sets.")
     get = data.add_subparsers(required=True, metavar="get", parser_class=_Parser).add_parser("get", help="get one")
     get.add_argument("name", metavar="NAME", help="mnist or fashion-mnist")
-    get.set_defaults(run=_data_get)
+    get.set_defaults(run=_data_get, command="data get")
     _data_option(get)
     text = "Write a plan of the front to a deployment."
     add("export", _export, text, _study_argument, _goal_options, _export_options)
@@ -392,13 +411,15 @@ def _link(record: StudyRecord, folder: str) -> str:
 
 def _plot(record: StudyRecord, path: Path) -> None:
     from autocompress import report
+    from autocompress.folders import writing
 
     draw = {".png": report.front_png, ".html": report.front_html}.get(path.suffix.lower())
     if draw is None:
         raise UsageError(f"plot is {str(path)!r}, allowed: a file that ends in .png or .html")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"folder {str(path.absolute().parent)!r} of --plot does not exist")
-    draw(record, path)
+    with writing(path):
+        draw(record, path)
 
 
 def _sync(options: argparse.Namespace) -> int:
@@ -433,7 +454,8 @@ def _ui(options: argparse.Namespace) -> int:
 
     record = api.open_study(options.study, dir=options.dir).record
     if not record.tracking_uri or not record.experiment_id:
-        raise UsageError(f"study {record.study!r} is not in MLflow yet: run autocompress sync {record.study}")
+        folder = f" --dir {shlex.quote(options.dir)}" if options.dir else ""
+        raise UsageError(f"study {record.study!r} is not in MLflow yet: run autocompress sync {record.study}{folder}")
     root = Records.find(options.dir).mlflow_artifacts
     path = home_url(record.tracking_uri, record.experiment_id)
     tracking.serve(record.tracking_uri, root, options.port, path, _print_link)
@@ -484,6 +506,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _prune_rank(options: argparse.Namespace) -> int:
     from autocompress import api, rank_pruning, report
+    from autocompress.folders import write_file
     from autocompress.origins import load_origin, origin_of
 
     tolerance = rank_pruning.parse_tolerance(options.tolerance)
@@ -503,14 +526,14 @@ def _prune_rank(options: argparse.Namespace) -> int:
         bench, tolerance, activation=options.activation == "auto", scheme=options.scheme, effort=options.effort
     )
     if options.out:
-        Path(options.out).write_bytes(found.artifact)
+        write_file(Path(options.out), found.artifact)
     if options.plan:
-        Path(options.plan).write_text(json.dumps(found.plan.to_json(), indent=2) + "\n")
+        write_file(Path(options.plan), f"{json.dumps(found.plan.to_json(), indent=2)}\n".encode())
     if options.space:
         import yaml
 
         space = rank_pruning.space_from(found, bench.layers)
-        Path(options.space).write_text(yaml.safe_dump(space, sort_keys=False))
+        write_file(Path(options.space), yaml.safe_dump(space, sort_keys=False).encode())
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
         return 0
@@ -568,6 +591,11 @@ def _export(options: argparse.Namespace) -> int:
         f"written   {out / manifest['file']}  {report.human_bytes(manifest['size_bytes'])}, checked against the "
         f"artifact on the test set; {out / 'manifest.json'} says how"
     )
+    if manifest["size_bytes"] > (archive := manifest["artifact"]["size_bytes"]):
+        print(
+            f"archive   {report.human_bytes(archive)}: the same plan as --format archive; this file is longer, "
+            "since it holds values and graph as its runtime reads them"
+        )
     if found := manifest.get("registered"):
         print(f"registered  {found['name']} version {found['version']}; serve it with:")
         uri = shlex.quote(found["tracking_uri"])

@@ -201,14 +201,13 @@ def _quiet_ray(cluster: Cluster) -> Iterator[Any]:
             if cluster.address:
                 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
             else:
-                with _new_sessions():
+                with _new_sessions(), _threads(cluster.threads):
                     ray.init(
                         address="local",
                         num_cpus=cluster.workers,
                         include_dashboard=False,
                         log_to_driver=False,
                         logging_level="ERROR",
-                        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.threads)}},
                     )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = cluster.address or "this machine"
@@ -237,6 +236,23 @@ def _new_sessions() -> Iterator[None]:
         yield
     finally:
         subprocess.Popen.__init__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes started in here, and workers that these start, have so many threads.
+
+    A runtime environment of Ray's does it too, but its workers are not among those that Ray starts in advance.
+    """
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _gpu_share(ray: Any, cluster: Cluster) -> float:

@@ -38,7 +38,7 @@ class StudyBusy(StudyError):
 
 
 class RecordError(AutocompressError):
-    """A study's file that can no longer be read or written: a full disk, a failing one."""
+    """A file, of a study or asked for, that cannot be read or written: a full disk, a failing one."""
 
 
 class ArtifactError(AutocompressError):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from autocompress.errors import StudyBusy, StudyError, UsageError
+from autocompress.errors import RecordError, StudyBusy, StudyError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -32,6 +33,11 @@ class Records:
         """The folder given, else AUTOCOMPRESS_DIR, else ./autocompress_runs."""
         chosen = folder or os.environ.get("AUTOCOMPRESS_DIR") or "autocompress_runs"
         return cls(Path(chosen).expanduser().absolute())
+
+    @property
+    def option(self) -> str:
+        """What a command needs to find this folder: " --dir FOLDER", or "" where it looks there by itself."""
+        return "" if Records.find().root == self.root else f" --dir {shlex.quote(str(self.root))}"
 
     def folder(self, study: str) -> Path:
         """A study's folder. Raises UsageError for a name that cannot be one."""
@@ -111,6 +117,31 @@ class Records:
             yield
         finally:
             lock.release()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, its folder too. Raises RecordError that names it where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside names the file that was to be written: a full disk itself names none."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"file {str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _last_used(file: Path) -> tuple[float, str]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from autocompress.engine import Job
 from autocompress.errors import RecordError
-from autocompress.folders import Records
+from autocompress.folders import Records, write_file
 from autocompress.plan import Measurement
 from autocompress.record import StudyRecord, TrialRecord
 from autocompress.search.moasha import Decision, Rungs
@@ -27,6 +27,8 @@ from autocompress.search.study import StudyStore, artifact_name
 
 class Listener(Protocol):
     """Who watches a search (the terminal)."""
+
+    def doing(self, what: str) -> None: ...
 
     def started(self, job: Job) -> None: ...
 
@@ -37,6 +39,9 @@ class Listener(Protocol):
 
 class Silent:
     """A listener that does nothing."""
+
+    def doing(self, what: str) -> None:
+        """What is done before the first trial, and after the last."""
 
     def started(self, job: Job) -> None:
         """A trial was handed to a worker."""
@@ -213,20 +218,6 @@ def _drop(folder: Path, kept: Collection[str]) -> None:
     for name in found:
         if (name.startswith("trial-") and name not in kept) or name.startswith(".trial-"):
             (folder / name).unlink(missing_ok=True)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def untested(record: StudyRecord) -> tuple[TrialRecord, ...]:

@@ -109,23 +109,45 @@ class Board:
         self._ended: list[TrialRecord] = []
         self._first_done = 0.0
         self._record: StudyRecord | None = None
+        self._doing = ""
+        self._status: Any = None
 
     def __enter__(self) -> Board:
+        self._end_status()
+        self._began = time.monotonic()
         if self.console.is_terminal:
             from rich.live import Live
 
             self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2, transient=True)
             self.live.start()
-        else:
-            self.console.print("starting workers", highlight=False)
         return self
 
     def __exit__(self, *problem: object) -> None:
+        self._end_status()
         if self.live is not None:
             self.live.stop()
 
+    def doing(self, what: str) -> None:
+        """What is done before the first trial, and after the last: a line, on a terminal gone with the next."""
+        self._doing = what
+        if not self.console.is_terminal:
+            self.console.print(what, highlight=False, markup=False, soft_wrap=True)
+        elif self.live is None:
+            self._end_status()
+            from rich.text import Text
+
+            self._status = self.console.status(Text(what))
+            self._status.start()
+
+    def _end_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
     def started(self, job: Job) -> None:
         """A trial was handed to a worker."""
+        if not self._rows and not self._ended:
+            self.doing("workers load torch and the task")
         self._rows[job.number] = "starting"
 
     def measured(self, number: int, measurement: Measurement) -> None:
@@ -137,6 +159,7 @@ class Board:
         """A trial is over."""
         self._rows.pop(trial.number, None)
         self._ended.append(trial)
+        self._doing = ""
         self._first_done = self._first_done or time.monotonic()
         self._record = record
         if self.live is None:
@@ -173,7 +196,7 @@ class Board:
         done, asked = (sum(t.state != "running" for t in record.trials), record.asked) if record else (0, 0)
         head = Table.grid(padding=(0, 1))
         elapsed = human_time(time.monotonic() - self._began)
-        volume = f"hypervolume {record.hypervolume():.3f}" if record else "starting workers"
+        volume = f"hypervolume {record.hypervolume():.3f}" if record and not self._doing else self._doing
         progress = ProgressBar(total=asked or None, completed=done, width=30)
         trials = f"{done}/{asked} trials" if record else ""
         head.add_row(progress, trials, volume, f"{elapsed}{self._left(done, asked)}")

@@ -34,6 +34,7 @@ from autocompress.compress.structure import float_tensors, map_tensors
 from autocompress.compress.units import Units
 from autocompress.errors import AutocompressError, TaskError, TrialFailed
 from autocompress.plan import LayerSpec, Measurement, Plan, Recipe, check
+from autocompress.tasks.augment import augmented
 from autocompress.tasks.batches import (
     batches,
     call_model,
@@ -243,7 +244,7 @@ class Workbench:
                     yield to_device((x, targets[rows], *told), self.device)
                 return
             for given, y in batches(task.train, task.batch_size, shuffle_seed=shuffle, device=self.device):
-                x = given if task.augment is None else task.augment(given)
+                x = augmented(task.augment, given)
                 yield x, y, *self._told(x, distil, infomax)
 
         return Feed(epoch, self.steps_per_epoch, layer)
@@ -276,10 +277,9 @@ class Workbench:
         They are augmented as those of finetuning are. The random state stays as it was.
         """
         task = self.task
-        augment = task.augment or (lambda inputs: inputs)
         with preserved(seed=0):
             order = batches(task.train, task.batch_size, shuffle_seed=0, device=self.device)
-            recalibrate(model, (augment(x) for x, _ in islice(order, BATCHES)))
+            recalibrate(model, (augmented(task.augment, x) for x, _ in islice(order, BATCHES)))
 
     def written(self, model: apply.Compressed, effort: str = container.AUTO) -> bytes:
         """The file of a compressed model, its units in an order that takes fewer bytes where one is tried (`order`)."""

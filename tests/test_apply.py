@@ -218,6 +218,31 @@ def test_tied_weights_are_substituted_in_both_places_and_learn_from_both():
     assert [p.shape for p in compressed.others()] == [(9,)]
 
 
+class Twice(nn.Module):
+    """A module under two names, one of its weights also that of another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.f = nn.Linear(4, 4), nn.Linear(4, 4), lambda x: 2 * x
+        self.b.weight, self.again = self.a.weight, self.a
+
+    def forward(self, x):
+        return self.again(self.f(self.b(self.a(x))))
+
+
+def test_a_module_of_two_names_is_as_before_after_a_call():
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(5, 4)
+    layers = find_layers(model, lambda m: m(x)).layers
+    compressed = apply.compress(model, layers, Plan({"a": LayerPlan(bits=2)}), svd_of(model))
+    assert compressed.aliases == {"b.weight": "a.weight"}
+    weight = compressed.module.a.weight
+    apply.call_with(compressed.module, compressed.substitutes(), x).sum().backward()
+    assert compressed.module.a.weight is compressed.module.b.weight is weight
+    assert isinstance(weight, nn.Parameter)
+    assert compressed.codes["a.weight"].weights.grad is not None
+
+
 def test_frozen_parameters_are_not_trained():
     model = make()
     model[1].requires_grad_(False)
@@ -225,6 +250,15 @@ def test_frozen_parameters_are_not_trained():
     trained = {id(p) for p in compressed.others()}
     names = {name for name, p in compressed.module.named_parameters() if id(p) in trained}
     assert names == {"0.weight", "0.bias", "3.weight", "5.bias", "7.weight", "7.bias"}
+
+
+def test_a_frozen_weight_that_is_compressed_is_finetuned():
+    """Compression moves it anyhow; what of the layer is not compressed stays."""
+    model = make().requires_grad_(False)
+    compressed = compress(plan_of(_5=LayerPlan(bits=2)), model=model)
+    assert list(compressed.others()) == []
+    (code,) = compressed.codes.values()
+    assert all(tensor.requires_grad for group in code.trained() for tensor in group)
 
 
 def test_a_model_with_channels_last_weights_is_compressed_alike():

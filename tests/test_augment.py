@@ -10,7 +10,7 @@ from torch import nn
 
 from autocompress.errors import TaskError
 from autocompress.plan import LayerPlan, Plan, Recipe
-from autocompress.tasks.augment import Augment
+from autocompress.tasks.augment import Augment, augmented
 from autocompress.tasks.checking import check_task
 from autocompress.tasks.task import Task
 from autocompress.trial import Budget, Workbench, run_trial
@@ -117,12 +117,42 @@ def test_augmented_trials_follow_from_their_seed():
     [
         (3, "augment is 3, allowed: a function"),
         (lambda x: x[:, 0, 0, 0], "model fails in training mode"),
-        (lambda x: {}["no"], "augment fails on the first batch of train, float32 tensor of shape .*: KeyError"),
+        (lambda x: {}["no"], "on the first batch of train augment fails on float32 tensor of shape .*: KeyError"),
+        (lambda x: None, "augment makes NoneType of float32 tensor of shape .*, allowed: inputs of the same structure"),
+        (lambda x: (x, 0.3), "augment makes tuple of"),
+        (lambda x: x.numpy(), "augment makes float32 ndarray of shape"),
+        (lambda x: x[:3], "loss 'cross_entropy' on the first batch of train as augment made it fails"),
+        (lambda x: x[:, :1], "model fails in training mode on the first batch of train as augment made it"),
     ],
 )
 def test_a_wrong_augmentation_is_one_line(augment, said):
     with pytest.raises(TaskError, match=said):
         check_task(task(augment))
+
+
+def test_structures_of_tensors_are_to_stay():
+    x, y = torch.ones(2), torch.zeros(3)
+    assert augmented(lambda pair: [pair[1], pair[0]], (x, y))[0] is y
+    assert augmented(None, (x, y)) == (x, y)
+    for made in ((x,), {"a": x}, (x, 3), x):
+        with pytest.raises(TaskError, match="of the same structure"):
+            augmented(lambda _, made=made: made, (x, y))
+    with pytest.raises(TaskError, match="of the same structure"):
+        augmented(lambda _: {"b": x}, {"a": x})
+
+
+def test_an_augmentation_that_fails_later_says_so_in_its_trial():
+    calls = []
+
+    def late(x):
+        calls.append(x)
+        if len(calls) > 3:
+            raise IndexError("no such image")
+        return x
+
+    plan = Plan({"1": LayerPlan(bits=4)}, Recipe(epochs=2.0))
+    with pytest.raises(TaskError, match=r"^augment fails on float32 tensor of shape .*: IndexError: no such image$"):
+        list(run_trial(task(late), plan, Budget()))
 
 
 def test_a_check_runs_the_augmentation_and_leaves_the_random_state():

@@ -297,6 +297,11 @@ def test_the_front_as_table_and_figures(study, done, fail):
     assert sorted(p.name for p in study.glob("*.gif")) == []
 
 
+def test_a_full_disk_names_the_file(study, fail):
+    Path("full.png").symlink_to("/dev/full")
+    assert fail(1, "front", "--plot", "full.png") == "file 'full.png' cannot be written: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -312,6 +317,17 @@ def test_an_occupied_name_with_other_settings(study, fail, change, words):
     assert "study 'mine' exists" in line
     assert words in line
     assert StudyStore.open(study / "autocompress_runs/studies/mine/study.db").record() == before
+
+
+@pytest.mark.parametrize("option", [("--max-latency", "0.7x"), ("--seed=3",), ("--inherit",), ("--study", "mine")])
+def test_resume_says_what_it_can_change(fail, option):
+    line = fail(2, "resume", "mine", *option)
+    assert line.startswith(f"{option[0].partition('=')[0]} is settled when a study begins: resume STUDY takes --trials")
+
+
+def test_an_unknown_option_is_told_in_its_commands_name(fail):
+    assert fail(2, "front", "--best") == "unrecognized arguments: --best (see autocompress front --help)"
+    assert "(see autocompress data get --help)" in fail(2, "data", "get", "mnist", "--now")
 
 
 @pytest.mark.parametrize(

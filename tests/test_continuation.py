@@ -116,6 +116,26 @@ def test_a_branch_begins_where_the_fewest_went_on_then_where_the_gap_is_widest()
     assert following(trials, SPACE, 1, 0, 7).parent == 4  # between 4.9 and 3.0
 
 
+@pytest.mark.parametrize(
+    ("baseline", "compressed", "limit"),
+    [
+        (-0.9, [-0.85, -0.3], -0.81),  # an accuracy, as it is minimised
+        (-0.02, [-0.019], -0.018),  # a correlation
+        (-5.0, [-4.9], -4.5),  # a negative log-likelihood of densities, or a score beyond 1
+        (0.1, [0.09, 0.2], 0.15),  # an error
+        (1200.0, [1210.0], 1815.0),  # a log-likelihood that was maximised
+        (1e-6, [], 1.5e-6),
+        (1e-6, [3e-4, 1e-4], 1.5e-4),  # an error next to zero, which no compressed model keeps
+        (0.0, [1e-4], 1.5e-4),
+    ],
+)
+def test_what_is_useful_follows_the_metrics_sign_and_scale(baseline, compressed, limit):
+    assert continuation.worst_useful(baseline, compressed) == pytest.approx(limit)
+    for scale in (1e-3, 1e3):
+        scaled = continuation.worst_useful(scale * baseline, [scale * m for m in compressed])
+        assert scaled == pytest.approx(scale * limit)
+
+
 def test_only_members_with_a_state_are_gone_on_from():
     trials = [seen(1, None, {**mild(), RATE: 1.0}, state=False), seen(2, None, {**mild(), RATE: 2.0}, running=True)]
     assert following(trials, SPACE, 1, 0, 3).parent is None

@@ -22,6 +22,7 @@ from torch import nn
 
 from autocompress.codec import header
 from autocompress.codec.tensors import Coded
+from autocompress.compress import tracing
 from autocompress.compress.artifact import load, read
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy import slim, torch_export, verify
@@ -830,3 +831,24 @@ def test_a_session_that_fails_says_so(smoke):
     session = session_of(smoke[2] / "model.onnx")
     with pytest.raises(ExportError, match="onnxruntime does not run the graph"):
         session.run(None, {"input": np.zeros((2, 3), np.float32)})
+
+
+class Branches(nn.Module):
+    """Looks at its inputs' values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x * 2 if x.mean().item() > 0 else x)
+
+
+def test_a_model_that_reads_values_is_told_so():
+    x = {"x": torch.randn(4, 3)}
+    said = r"reads values of tensors at test_deploy\.py:\d+ \(\.item\(\), .*: let it compute with tensors alone"
+    with pytest.raises(ExportError, match=f"Branches cannot be exported by torch.export: its forward {said}"):
+        tracing.exported(Branches().eval(), x, keywords=False)
+    with pytest.raises(ExportError, match=f"Branches cannot be exported to ONNX: its forward {said}"):
+        deploy_onnx._exported(Branches().eval(), x, False, ["y"], whole=False)
+    assert tracing.reads_values(KeyError("net")) is None

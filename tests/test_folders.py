@@ -140,3 +140,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, folder):
     assert error.value.exit_code == 2
     assert str(root) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_command_names_its_folder_where_it_is_not_found_by_itself(tmp_path, monkeypatch):
+    monkeypatch.delenv("AUTOCOMPRESS_DIR", raising=False)
+    assert Records.find().option == ""
+    assert Records.find(tmp_path / "a b").option == f" --dir '{tmp_path}/a b'"
+    monkeypatch.setenv("AUTOCOMPRESS_DIR", str(tmp_path / "a b"))
+    assert Records.find(tmp_path / "a b").option == ""

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from test_study import SPECS, begin, settings
 
-from autocompress.errors import UsageError
-from autocompress.folders import Records
+from autocompress.errors import RecordError, UsageError
+from autocompress.folders import Records, write_file
 from autocompress.plan import Measurement
 from autocompress.search.moasha import Decision
 from autocompress.search.study import StudyStore
-from autocompress.session import Session, Silent, untested, write_file
+from autocompress.session import Session, Silent, untested
 from autocompress.timing import Timing
 from autocompress.tracking import Home
 
@@ -210,7 +210,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RecordError, match=r"file '.*/a/trial-0001\.acz' cannot be written: No space left on device$"):
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]

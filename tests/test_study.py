@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import sqlite3
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from autocompress.errors import AutocompressError, StudyError, UsageError
 from autocompress.plan import LayerSpec, Measurement
+from autocompress.search.disk import disk_errors
 from autocompress.search.samplers import OPTUNA
 from autocompress.search.space import ladder
 from autocompress.search.space_file import load_space
@@ -441,3 +443,36 @@ def test_continuation_goes_on_while_the_baseline_runs_and_after_it_failed(tmp_pa
     store.finish(1, [Measurement(0, 2.0, 900, 0.9, 10, 0.1)], state="complete", sha256="1")
     proposal = store.propose(states=[1])
     assert (proposal.number, proposal.parent) == (3, 1)
+
+
+def test_a_study_on_a_disk_that_is_read_only_is_shown(tmp_path, monkeypatch):
+    """As SQLite refuses it there: neither the file nor those beside it can be made or locked."""
+    file = tmp_path / "study.db"
+    StudyStore.create(file, settings())._engine.dispose()
+    opened, found = sqlite3.connect, []
+
+    def refuse(address, *rest, **more):
+        found.append(str(address))
+        if "immutable=1" not in str(address):
+            raise sqlite3.OperationalError("unable to open database file")
+        return opened(address, *rest, **more)
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    assert StudyStore.open(file).settings == settings()
+    assert any("immutable" not in address for address in found)
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ("study.db", "the file may not be read by this user"),
+        ("", "folder '.*' may not be written by this user"),
+        ("none", "cannot be used: attempt to write a readonly database$"),
+    ],
+)
+def test_what_may_not_be_written_is_named(tmp_path, monkeypatch, refused, said):
+    file = tmp_path / "study.db"
+    file.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / refused)
+    with pytest.raises(StudyError, match=said), disk_errors(file):
+        raise sqlite3.OperationalError("attempt to write a readonly database")

@@ -396,6 +396,11 @@ def test_a_field_that_is_wrong_is_one_line(changes, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_without_values_is_refused():
+    with pytest.raises(TaskError, match=r"model holds no values in '0\.weight', which is on the meta device"):
+        check_task(small(model=nn.Sequential(nn.Linear(3, 2)).to("meta")))
+
+
 # --- batches ---------------------------------------------------------------------------------
 
 

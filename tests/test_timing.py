@@ -242,9 +242,9 @@ def test_what_is_asked_for_is_what_is_timed():
 def test_a_study_goes_on_with_its_own_latency():
     old = replace(settings(), timing=Timing(8, limit="2ms").measured(0.01))
     api._same_study(old, replace(old, timing=Timing(8, limit="2ms").measured(0.02)))  # measured when it began
-    for timing, said in ((Timing(8, limit="3ms"), "at most 3ms"), (Timing(1, limit="2ms"), "batch 1"), (None, "None")):
+    for timing, said in ((Timing(8, limit="3ms"), "at most 3ms"), (Timing(1, limit="2ms"), "batch 1"), (None, "none")):
         with pytest.raises(StudyError, match=rf"exists with latency batch 8, at most 2ms, not .*{said}"):
-            api._same_study(old, replace(old, timing=timing))
+            api._same_study(old, replace(old, timing=timing, fingerprint={**old.fingerprint, "space": "its default"}))
 
 
 def test_the_space_that_is_searched_for_time():
@@ -295,7 +295,7 @@ def test_a_search_for_speed(work, local, done, fail):  # noqa: F811
     assert front["latency"]["most"] == 20
     assert all(point["latency"] > 0 for point in front["front"])
     assert all(point["latencies"] for point in front["front"] if point["trial"])
-    assert "exists with another space" in fail(2, *begun)  # without a latency another one is the default
+    assert "exists with latency batch 1, at most 20x, not none" in fail(2, *begun)
     done("resume", "waves", "--trials", "5")
     done("export", "waves", "--pick", "fastest", "-o", "out")
     manifest = json.loads((work / "out" / "manifest.json").read_text())

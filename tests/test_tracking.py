@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from autocompress.errors import TrackingError
+from autocompress.errors import TrackingError, UsageError
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
 from autocompress.record import StudyRecord, TrialRecord
 from autocompress.tracking import Home, LocalWriter, MlflowTracker, NullTracker, Target, default_uri, sync
@@ -650,3 +650,30 @@ def test_the_null_tracker_does_nothing() -> None:
     tracker.log(record, record.trials[0])
     tracker.finish(record, "FINISHED")
     assert (tracker.home, tracker.problem) == (None, None)
+
+
+def test_a_store_whose_schema_could_not_be_finished_is_not_there(tmp_path, monkeypatch):
+    """MLflow does not mend a schema that a full disk, or a kill, left half made."""
+    from mlflow.store.db import utils
+
+    from autocompress.tracking.store import connect
+
+    def half(engine):
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE datasets (dataset_uuid VARCHAR(36))")
+        raise OSError("No space left on device")
+
+    file = tmp_path / "records" / "mlflow.db"
+    with monkeypatch.context() as patched:
+        patched.setattr(utils, "_initialize_tables", half)
+        with pytest.raises(OSError, match="No space left"):
+            connect(f"sqlite:///{file}")
+    assert list(file.parent.iterdir()) == []
+    assert [e.name for e in connect(f"sqlite:///{file}").search_experiments()] == ["Default"]
+    assert not [path.name for path in file.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_no_address_can_hold_is_refused(tmp_path):
+    assert default_uri(tmp_path / "a b #ü%20") == f"sqlite:///{tmp_path}/a b #ü%20/mlflow.db"
+    with pytest.raises(UsageError, match=r"has a '\?' in its name"):
+        default_uri(tmp_path / "what?")

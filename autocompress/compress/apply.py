@@ -180,31 +180,61 @@ def compress(
         _take_over(module, specs, start)
         _bring_back(module, model, before, kept)
         moved = before.differing(kept)
+    module, keys = _in_place(module, specs, plan, made, start, kept=kept, moved=moved)
+    beside = _without(module, plan, kept)
+    for key in keys:
+        if not torch.isfinite(module.get_parameter(key)).all():
+            raise TrialFailed(f"weight {key!r} holds values that are not finite")
+    codes = _codes(module, keys, plan, start, kept=kept, moved=moved, calibration=calibration)
+    found = _ranges(module, specs, plan, start, grids)
+    paid = 0.0 if start is None else start.plan.recipe.rate
+    return Compressed(module, plan, codes, _aliases(module, codes), paid, ranges=found, beside=beside)
+
+
+def _in_place(
+    module: nn.Module,
+    specs: Sequence[LayerSpec],
+    plan: Plan,
+    factoriser: Factoriser,
+    start: State | None,
+    *,
+    kept: Kept,
+    moved: Collection[str],
+) -> tuple[nn.Module, dict[str, LayerSpec]]:
+    """The module with factors where the plan has ranks, and the layer of each weight or factor by state key."""
     keys: dict[str, LayerSpec] = {}
     for spec in specs:
         layer = plan.layers[spec.name]
         prefix = f"{spec.name}." if spec.name else ""
         if layer.rank is None:
             keys[f"{prefix}weight"] = spec
-        else:
-            begun = start
-            if start is not None and spec.name in moved:  # its factors are of other rows: they are made anew
-                begun = replace(start, plan=uncompressed(specs))
-            module = _factorise(module, spec, layer, made, begun, rows=kept.rows.get(spec.name))
-            keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
+            continue
+        begun = start
+        if start is not None and spec.name in moved:  # its factors are of other rows: they are made anew
+            begun = replace(start, plan=uncompressed(specs))
+        module = _factorise(module, spec, layer, factoriser, begun, rows=kept.rows.get(spec.name))
+        keys |= {f"{prefix}{i}.weight": spec for i in range(lowrank.parts_of(layer.scheme))}
     first = {id(tensor): key for key, tensor in unique_state(module).items()}
-    plans = {first[id(module.get_parameter(key))]: plan.layers[spec.name] for key, spec in keys.items()}
-    learned = {
-        first[id(module.get_parameter(key))]: {} if start is None else _learned(start, plan, spec.name, moved)
-        for key, spec in keys.items()
+    return module, {first[id(module.get_parameter(key))]: spec for key, spec in keys.items()}
+
+
+def _codes(
+    module: nn.Module,
+    keys: Mapping[str, LayerSpec],
+    plan: Plan,
+    start: State | None,
+    *,
+    kept: Kept,
+    moved: Collection[str],
+    calibration: Callable[[], Any] | None,
+) -> dict[str, Code | RatedCode]:
+    """By state key the codes of all weights that the plan compresses, and under a rate of the biases beside them."""
+    learned: dict[str, Mapping[str, Tensor]] = {
+        key: {} if start is None else _learned(start, plan, spec.name, moved) for key, spec in keys.items()
     }
-    rows = {first[id(module.get_parameter(key))]: kept.rows[s.name] for key, s in _last(keys) if s.name in kept.rows}
-    beside = _without(module, plan, kept)
-    for key in plans:
-        if not torch.isfinite(module.get_parameter(key)).all():
-            raise TrialFailed(f"weight {key!r} holds values that are not finite")
+    rows = {key: kept.rows[spec.name] for key, spec in _last(keys) if spec.name in kept.rows}
+    plans = {key: plan.layers[spec.name] for key, spec in keys.items()}
     plans = {key: layer for key, layer in plans.items() if layer != LayerPlan()}
-    codes: dict[str, Code | RatedCode] = {}
     by_key = replace(plan, layers=plans)
     looked_at = {
         key: layer
@@ -212,6 +242,7 @@ def compress(
         if (layer.rounding == "hessian" if is_rated(plan, layer) else solve.is_calibrated(layer))
         and (start is None or learned[key] is not start.tensors)
     }
+    codes: dict[str, Code | RatedCode] = {}
     for key, layer in plans.items():
         if is_rated(plan, layer):
             codes |= _rated_bias(module, key, learned[key], rows.get(key))
@@ -219,15 +250,25 @@ def compress(
             codes[key] = _code(module, by_key, key, learned[key], rows=rows)
     if looked_at:
         codes |= _calibrated(module, replace(plan, layers=looked_at), codes, learned, calibration, rows=rows)
-        codes = {key: codes[key] for key in first.values() if key in codes}
-    aliases = {
-        key: first[id(tensor)]
-        for key, tensor in module.state_dict(keep_vars=True).items()
-        if first.get(id(tensor), key) != key and first[id(tensor)] in codes
-    }
-    found = _ranges(module, specs, plan, start, grids)
-    paid = 0.0 if start is None else start.plan.recipe.rate
-    return Compressed(module, plan, codes, aliases, paid, ranges=found, beside=beside)
+        codes = {key: codes[key] for key in unique_state(module) if key in codes}
+    return codes
+
+
+def _aliases(module: nn.Module, codes: Collection[str]) -> dict[str, str]:
+    """The other state keys of coded tensors, each place in a module once.
+
+    A module that has several names is one place: substituted twice, it would be put back as it was in between.
+    """
+    first = {id(tensor): key for key, tensor in unique_state(module).items()}
+    found: dict[str, str] = {}
+    places: set[tuple[int, str]] = set()
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        owner, _, name = key.rpartition(".")
+        place = id(module.get_submodule(owner)), name
+        if place not in places and (own := first.get(id(tensor), key)) != key and own in codes:
+            found[key] = own
+        places.add(place)
+    return found
 
 
 def _kept(plan: Plan, specs: Sequence[LayerSpec], units: Units | None) -> Kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from autocompress.errors import ExportError
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
+
+_READS = ("DataDependent", "data-dependent", "<method 'item' of", ".numpy() is not supported")
+"""By these an exporter's error is one of a model that reads values of tensors."""
 
 
 def exported(
@@ -38,8 +42,24 @@ def exported(
                 strict=False,
             )
         except Exception as error:  # torch.export raises whatever the model's own code raises, too
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            told = reads_values(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ExportError(f"{type(module).__name__} cannot be exported by torch.export: {told}") from error
+
+
+def reads_values(error: BaseException) -> str | None:
+    """What to tell of an exporter's error where the model reads values of tensors, which no graph can; else None."""
+    found: BaseException | None = error
+    while found is not None:
+        text = str(found)
+        if any(sign in f"{type(found).__name__} {text}" for sign in _READS):
+            place = re.search(r"([^/\\()]+:\d+) in \w+\)", text)
+            where = f" at {place[1]}" if place else ""
+            return (
+                f"its forward reads values of tensors{where} (.item(), int(), .numpy(), or an if on a tensor), which a "
+                "graph cannot: let it compute with tensors alone, such as torch.where"
+            )
+        found = found.__cause__ or found.__context__
+    return None
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from autocompress.compress.tracing import quiet
+from autocompress.compress.tracing import quiet, reads_values
 from autocompress.deploy.gelu import reordered
 from autocompress.deploy.torch_registry import kept_registry
 from autocompress.errors import ExportError
@@ -326,6 +326,7 @@ def _exported(
         "opset_version": OPSET,
         "verbose": False,
     }
+    values: str | None = None
     for attempt in (_by_torch_export, _by_tracer):
         try:
             with quiet(), torch.no_grad():
@@ -336,8 +337,8 @@ def _exported(
             _check_batch(model.graph, list(inputs))
             return model, forms
         except Exception as error:  # the exporters raise whatever the model's own code raises, too
-            cause = error
-    reason = str(cause) if isinstance(cause, ExportError) else one_line(cause)
+            cause, values = error, values or reads_values(error)
+    reason = values or (str(cause) if isinstance(cause, ExportError) else one_line(cause))
     raise ExportError(f"{type(module).__name__} cannot be exported to ONNX: {reason}") from cause
 
 

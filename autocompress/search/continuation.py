@@ -8,7 +8,7 @@ follows from the trials so far alone, so that a search can be resumed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -17,8 +17,8 @@ from autocompress.search.space import Knob, Space
 
 CONTINUATION = "continuation"
 RATE = "recipe.rate"
-USEFUL = {"maximize": 0.1, "minimize": 0.5}
-"""How much worse than the baseline's, relatively, a metric may be for a chain to go on from there."""
+_SCORE, _LOSS = 0.1, 0.5
+"""How much worse, relatively, a metric may be for a chain to go on from there: a score's, a loss's."""
 STEPS = 12
 """Trials of a chain from the lowest price to the highest, at most."""
 FEWEST = 3
@@ -46,6 +46,19 @@ class Step:
 
     params: dict[str, float]
     parent: int | None
+
+
+def worst_useful(baseline: float, compressed: Iterable[float]) -> float:
+    """The worst metric that is worth going on from; all metrics are to be minimised (signed), the compressed models'
+    those measured so far.
+
+    A score (accuracy, correlation; below zero where it is minimised) may lose a tenth of the baseline's. A loss (an
+    error, a negative likelihood: zero is perfect) may be half as much again as the baseline's, or as the best one that
+    a compressed model has, where none is as good: next to zero the baseline's says nothing of what is bad.
+    """
+    if baseline < 0:
+        return baseline * (1 - _SCORE)
+    return max(baseline, min(compressed, default=baseline)) * (1 + _LOSS)
 
 
 def is_continuable(space: Space) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -55,11 +56,12 @@ def _read_only(file: Path) -> sqlite3.Connection:
     """A connection that writes nothing, not even a lock. The first kind also sees what is in the WAL only."""
     address = file.absolute().as_uri()
     for options in ("mode=ro", "mode=ro&immutable=1"):
-        connection = sqlite3.connect(f"{address}?{options}", uri=True, check_same_thread=False)
-        with contextlib.suppress(sqlite3.OperationalError):
-            connection.execute("SELECT count(*) FROM studies").fetchone()
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.ExitStack() as stack:
+            connection = sqlite3.connect(f"{address}?{options}", uri=True, check_same_thread=False)
+            stack.callback(connection.close)
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            stack.pop_all()
             return connection
-        connection.close()
     raise sqlite3.OperationalError("unable to open database file")
 
 
@@ -73,9 +75,18 @@ def directions(direction: str, timed: bool = False) -> list[optuna.study.StudyDi
 
 def holds_study(file: Path) -> bool:
     """Whether the SQLite file holds an Optuna study; nothing is written to a file that is something else."""
-    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+    with contextlib.closing(_read_only(file)) as connection:
         tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
     return {("studies",), ("trials",), ("version_info",)} <= set(tables)
+
+
+def _refused(file: Path) -> str:
+    """What of a file and its folder this user may not do, as " (...)"; "" where it may do all."""
+    if not os.access(file, os.R_OK):
+        return " (the file may not be read by this user)"
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        return f" (folder {str(file.parent)!r} may not be written by this user)"
+    return "" if os.access(file, os.W_OK) else " (the file may not be written by this user)"
 
 
 @contextlib.contextmanager
@@ -91,7 +102,7 @@ def disk_errors(file: Path) -> Iterator[None]:
         text = str(getattr(cause, "orig", cause)).splitlines()[0]
         if "disk is full" in text or "disk I/O" in text:  # no mistake of the user's
             raise RecordError(f"study file {str(file)!r} cannot be written: {text}") from error
-        raise StudyError(f"study file {str(file)!r} cannot be used: {text}") from error
+        raise StudyError(f"study file {str(file)!r} cannot be used: {text}{_refused(file)}") from error
     except OSError as error:
         raise UsageError(f"folder {str(file.parent)!r} cannot be used: {error.strerror or error}") from error
 

@@ -1,12 +1,17 @@
-"""Augmentation of batches of images, as a value that travels with a task."""
+"""Augmentation of training batches: how a task's own is called, and one for images that travels with a task."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from autocompress.errors import TaskError
+from autocompress.tasks.wording import describe, one_line
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,34 @@ def _cropped(images: Tensor, most: int, generator: torch.Generator | None) -> Te
     padded = F.pad(images, (most,) * 4).permute(0, 2, 3, 1)
     each = torch.arange(count, device=images.device)[:, None, None]
     return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def augmented(augment: Callable[[Any], Any] | None, inputs: Any) -> Any:
+    """What a `Task.augment` makes of a batch's inputs; these themselves without one.
+
+    Raises TaskError where it raises, or gives something else than tensors where it was given tensors.
+    """
+    if augment is None:
+        return inputs
+    try:
+        made = augment(inputs)
+    except Exception as error:
+        raise TaskError(f"augment fails on {describe(inputs)}: {one_line(error)}") from error
+    if not _alike(inputs, made):
+        raise TaskError(f"augment makes {describe(made)} of {describe(inputs)}, allowed: inputs of the same structure")
+    return made
+
+
+def _alike(given: Any, made: Any) -> bool:
+    """Whether tensors, mappings and sequences stand where they stood; shapes are the model's business."""
+    if isinstance(given, Tensor):
+        return isinstance(made, Tensor)
+    if isinstance(given, Mapping):
+        return isinstance(made, Mapping) and all(
+            key in made and _alike(value, made[key]) for key, value in given.items()
+        )
+    if isinstance(given, tuple | list):
+        if not isinstance(made, tuple | list) or len(made) != len(given):
+            return False
+        return all(_alike(*pair) for pair in zip(given, made, strict=True))
+    return True

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from autocompress.compress.structure import map_tensors
 from autocompress.errors import AutocompressError, TaskError
 from autocompress.tasks import randomness
+from autocompress.tasks.augment import augmented
 from autocompress.tasks.batches import (
     Batch,
     call_model,
@@ -43,13 +44,16 @@ def check_task(task: Task) -> None:
         model = copy.deepcopy(task.model)
     except Exception as error:
         raise TaskError(f"{where}: model cannot be copied with copy.deepcopy: {one_line(error)}") from error
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise TaskError(f"{where}: model holds no values in {key!r}, which is on the meta device: load its weights")
     device = model_device(model)
     with randomness.preserved():
         parts = {split: to_device(_peek(task, split), device) for split in SPLITS}
         outputs = _check_step(task, model.eval(), parts["val"], "val")
         _check_metric(task, outputs, parts["val"][1])
         _check_example_inputs(task, model)
-        _check_step(task, model.train(), _augmented(task, parts["train"]), "train")
+        _check_step(task, model.train(), _augmented(task, parts["train"]), "train", augmented=task.augment is not None)
 
 
 def check_fields(task: Task) -> None:
@@ -126,27 +130,25 @@ def _peek(task: Task, split: str) -> Batch:
 
 def _augmented(task: Task, batch: Batch) -> Batch:
     """The batch as finetuning would see it."""
-    if task.augment is None:
-        return batch
     try:
-        return task.augment(batch[0]), batch[1]
-    except Exception as error:
-        given = f"on the first batch of train, {describe(batch[0])}"
-        raise TaskError(f"task {task.name!r}: augment fails {given}: {one_line(error)}") from error
+        return augmented(task.augment, batch[0]), batch[1]
+    except TaskError as error:
+        raise TaskError(f"task {task.name!r}: on the first batch of train {error}") from error
 
 
-def _check_step(task: Task, model: nn.Module, batch: Batch, split: str) -> Any:
+def _check_step(task: Task, model: nn.Module, batch: Batch, split: str, *, augmented: bool = False) -> Any:
     """The outputs on that batch, detached; the loss on it was a finite scalar with a gradient."""
     where = f"task {task.name!r}"
+    which = f"the first batch of {split}{' as augment made it' if augmented else ''}"
     inputs, targets = batch
     mode = "training" if model.training else "evaluation"
     with torch.enable_grad():
         try:
             outputs = call_model(model, inputs)
         except Exception as error:
-            given = f"on the first batch of {split}, {describe(inputs)}"
+            given = f"on {which}, {describe(inputs)}"
             raise TaskError(f"{where}: model fails in {mode} mode {given}: {one_line(error)}") from error
-        named = f"loss {loss_name(task)!r} on the first batch of {split}"
+        named = f"loss {loss_name(task)!r} on {which}"
         try:
             loss = task.loss(outputs, targets)
         except Exception as error:

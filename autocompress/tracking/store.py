@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sqlite3
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,21 +55,47 @@ def quieten() -> None:
 def connect(uri: str) -> Any:
     """A MlflowClient of the store. Imports MLflow (seconds); no server is asked yet.
 
-    A new SQLite file is put into WAL mode, so that an open UI and the writer do not wait for
-    each other; creating its schema takes seconds more.
+    Creating a new SQLite file takes seconds more.
     """
     quieten()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
+    if uri.startswith("sqlite:///") and "?" not in uri and not uri.endswith(":memory:"):
         path = Path(uri.removeprefix("sqlite:///"))
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            connection = sqlite3.connect(path)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
+            _create(path)
     return MlflowClient(tracking_uri=uri)
+
+
+def _create(path: Path) -> None:
+    """A new store of MLflow's in a SQLite file, there whole or not at all: schemas that a full disk or a kill left half
+    made cannot be mended.
+
+    It is in WAL mode, so that an open UI and the writer do not wait for each other.
+    """
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder, path.name)  # of a path of its own: MLflow keeps engines by path
+        _into_file(draft)
+        SqlAlchemyStore(f"sqlite:///{draft}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+        _into_file(draft)
+        try:
+            os.link(draft, path)
+        except FileExistsError:  # another process was faster
+            return
+        except OSError:  # no hard links here
+            draft.rename(path)
+
+
+def _into_file(path: Path) -> None:
+    """Put a SQLite file into WAL mode, with what is in its WAL moved into the file itself."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from autocompress.errors import TrackingError
+from autocompress.errors import TrackingError, UsageError
 from autocompress.record import StudyRecord, TrialRecord, without_password
 from autocompress.tracking.runs import SETTLED
 from autocompress.tracking.store import Home, is_http, one_line
@@ -201,5 +201,10 @@ def sync(record: StudyRecord, target: Target) -> Home:
 
 
 def default_uri(records: Path) -> str:
-    """The SQLite store beside the records."""
+    """The SQLite store beside the records. Raises UsageError for a folder whose name an address cannot hold."""
+    if "?" in str(records):
+        raise UsageError(
+            f"records folder {str(records)!r} has a '?' in its name, which the address of its MLflow store cannot hold: "
+            "give another --dir, or --tracking-uri"
+        )
     return f"sqlite:///{records.absolute()}/mlflow.db"
