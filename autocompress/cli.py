@@ -560,8 +560,9 @@ def _export(options: argparse.Namespace) -> int:
         macs = f"{report.human_count(manifest['cut']['macs_before'])} -> {report.human_count(manifest['cut']['macs'])}"
         print(f"cut       {cut} of {manifest['cut']['units']} units are dead and are left out: {macs} MACs")
     if timed := manifest["verification"].get("latency"):
+        examples = "one example" if timed["batch"] == 1 else f"{timed['batch']} examples"
         print(
-            f"time      {1e3 * timed['seconds']:.3g} ms a call of one example on one thread of this machine, "
+            f"time      {1e3 * timed['seconds']:.3g} ms a call of {examples} on one thread of this machine, "
             f"{timed['ratio']:.2f}x of the float32 model's"
         )
     print(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -123,6 +123,16 @@ class StudyRecord:
         """The format that the front's members are exported in: the target's, of the archive ONNX."""
         return "onnx" if self.target == "archive" else self.target
 
+    @property
+    def batch(self) -> int:
+        """Examples of the calls that are timed."""
+        return 1 if self.timing is None else self.timing.batch
+
+    def decided(self, number: int, fmt: str) -> Mapping[str, Any] | None:
+        """What the writer of a trial's file of the format decided in the search; None where it made none."""
+        best = next((t.best for t in self.trials if t.number == number), None)
+        return None if best is None or fmt != self.target else best.decided
+
     @cached_property
     def measured(self) -> tuple[TrialRecord, ...]:
         """The trials that have a result, by number."""
@@ -135,9 +145,14 @@ class StudyRecord:
 
     @cached_property
     def front(self) -> tuple[TrialRecord, ...]:
-        """The non-dominated trials by rising size; the earlier one of equals."""
+        """The non-dominated trials by rising size; the earlier one of equals.
+
+        What the trials measured decides; of those, and of nothing else, what was timed again in turns with the others
+        takes the ones away that are dominated then.
+        """
         points = [self.objectives(t.best) for t in self.measured if t.best]
-        return tuple(self.measured[i] for i in pareto.front(points))
+        first = tuple(self.measured[i] for i in pareto.front(points))
+        return tuple(first[i] for i in pareto.front([self._latest(t) for t in first]))
 
     def count(self, state: str) -> int:
         """How many trials are in that state."""
@@ -151,7 +166,15 @@ class StudyRecord:
     def objectives(self, measurement: Measurement) -> tuple[float, ...]:
         """What a front compares, all minimised: size, signed metric, and where it is one the step of the latency."""
         two = float(measurement.size_bytes), self.sign * measurement.metric_val
-        return two if self.timing is None else (*two, step(measurement.latency or 1.0))
+        if self.timing is None:
+            return two
+        assert measurement.latency is not None
+        return (*two, step(measurement.latency))
+
+    def _latest(self, trial: TrialRecord) -> tuple[float, ...]:
+        """The trial's objectives, the latency as `latency` tells it."""
+        assert trial.best is not None
+        return self.objectives(replace(trial.best, latency=self.latency(trial)))
 
     def hypervolume(self, upto: int | None = None) -> float:
         """Hypervolume of the trials with numbers up to `upto` (all when None), in octaves.
@@ -199,7 +222,7 @@ class StudyRecord:
     def knee(self) -> TrialRecord:
         """The front's knee point, sizes on a logarithmic scale. Raises UsageError on an empty front."""
         self._require_front()
-        points = [(math.log2(size), *rest) for size, *rest in (self.objectives(t.best) for t in self.front if t.best)]
+        points = [(math.log2(size), *rest) for size, *rest in map(self._latest, self.front)]
         return self.front[pareto.knee(points)]
 
     def best(self) -> TrialRecord:

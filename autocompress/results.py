@@ -81,7 +81,17 @@ class Point:
 
         uri = self._registry(format, register, alias)
         self.check_file()
-        manifest = export(self.artifact, self._study.required_task(), format, Path(out), self._facts(), effort=effort)
+        record = self._study.record
+        manifest = export(
+            self.artifact,
+            self._study.required_task(),
+            format,
+            Path(out),
+            self._facts(),
+            effort=effort,
+            batch=record.batch,
+            decided=record.decided(self.trial, format),
+        )
         if register is None or uri is None:
             return manifest
         from autocompress.tracking import register as registry

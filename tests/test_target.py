@@ -113,7 +113,7 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch, brief):
     assert metrics == {}  # those of an archive are its model's
     assert latencies[7][0].key == ("onnx", 3, 1)
     assert latencies[7][0].ratio < 0.7
-    assert asked == [[1], [3], [3], [3]]  # in the export that is verified, before the search, in a trial, at the end
+    assert asked == [[3], [3], [3]]  # before the search, in a trial, at the end
     assert evaluate(task, load(path), "test") != evaluate(task, load(path), "val")
     assert Target("onnx").tested(task, {7: path}) == ({7: pytest.approx(evaluate(task, load(path), "test"))}, {})
 

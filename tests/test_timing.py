@@ -268,7 +268,11 @@ def test_latencies_are_kept_before_what_says_that_a_trial_is_measured(monkeypatc
     monkeypatch.setattr(api, "records_of", lambda records, store: record)
     kept = []
     store = SimpleNamespace(note_latencies=lambda found: kept.append(("latencies", found)), note_tests=kept.append)
-    aim = SimpleNamespace(tested=lambda task, files: (dict.fromkeys(files, 0.5), {n: (str(files[n]),) for n in files}))
+
+    def tested(task, files, *, decided, untested):
+        return dict.fromkeys(untested, 0.5), {n: (str(files[n]),) for n in files}
+
+    aim = SimpleNamespace(tested=tested, timing=TIMING, format="onnx")
     api._measure_front(store, Records(tmp_path), None, None, aim)
     assert kept == [("latencies", {1: (str(Records(tmp_path).root / "mine/1.acz"),)}), {1: 0.5}]
 
