@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import optuna
@@ -158,6 +159,39 @@ def test_the_latest_measurement_counts_where_it_is_of_the_same_call():
     other = replace(FAST, latencies=others)
     assert study(SLOW_BASE, other, timing=TIMING).latency(other) == 0.5
     assert study(SLOW_BASE, other, timing=TIMING, target="onnx-int8").latency(other) == 0.6
+
+
+def test_what_is_dominated_when_all_are_timed_together_leaves_the_front():
+    """By the trials 1 is a step faster than 4, which is smaller and better; timed beside each other it is slower."""
+    better = timed(trial(4, 900, 0.81), 0.53)
+    record = study(SLOW_BASE, FAST, better, timing=TIMING)
+    assert [t.number for t in record.front] == [4, 1]
+    assert step(0.5) < step(0.53)
+
+    def again(given, ratio):
+        return replace(given, latencies=(Latency("onnx", 1, 1, 0.001, 0.001, 0.001, 0.002, ratio, 900),))
+
+    for ratio, left in ((0.56, [4]), (0.529, [4]), (0.48, [4, 1])):
+        together = study(SLOW_BASE, again(FAST, ratio), again(better, 0.53), timing=TIMING)
+        assert [t.number for t in together.front] == left
+        assert together.hypervolume() == record.hypervolume()
+        assert together.knee().number in left
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.floats(0.3, 1.2), st.floats(0.3, 1.2)), max_size=8))
+def test_each_member_of_a_front_is_beaten_by_none_as_it_is_shown(drawn):
+    trials = [
+        replace(
+            timed(trial(number, 100 * size, 0.5 + metric / 10), first),
+            latencies=(Latency("onnx", 1, 1, 0.001, 0.001, 0.001, 0.002, again, 900),),
+        )
+        for number, (size, metric, first, again) in enumerate(drawn, start=1)
+    ]
+    record = study(SLOW_BASE, *trials, timing=TIMING)
+    shown = [(t.best.size_bytes, -t.best.metric_val, record.latency(t)) for t in record.front]
+    assert shown
+    for a, b in permutations(shown, 2):
+        assert not all(x <= y for x, y in zip(a, b, strict=True))
 
 
 def test_it_is_shown(tmp_path):
