@@ -17,12 +17,12 @@ import autocompress
 from autocompress import report
 from autocompress.errors import StudyBusy, StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.limits import parse_latency, parse_time
 from autocompress.origins import load_origin, origin_of
-from autocompress.record import parse_time
 from autocompress.results import Study, records_of
 from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
-from autocompress.timing import BATCHES, Timing, parse_latency, timed_format
+from autocompress.timing import BATCHES, Timing, timed_format
 
 if TYPE_CHECKING:
     from autocompress.deploy.target import Target

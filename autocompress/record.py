@@ -15,8 +15,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from autocompress import pareto
 from autocompress.errors import UsageError
+from autocompress.limits import parse_drop, parse_latency
 from autocompress.plan import LayerSpec, Measurement, Plan
-from autocompress.timing import Timing, parse_latency, quantity, ratio_of, step, timed_format
+from autocompress.timing import Timing, ratio_of, step, timed_format
 
 STATES = ("running", "complete", "stopped", "failed")
 
@@ -358,42 +359,6 @@ def without_folders(command: str) -> str:
         return command  # a call from Python
     words = [word.partition("=") if word.startswith("-") else ("", "", word) for word in shlex.split(command)]
     return shlex.join(f"{option}{sign}{value.rstrip('/').rpartition('/')[2]}" for option, sign, value in words)
-
-
-def parse_drop(text: str | float) -> tuple[float, bool]:
-    """("1%" -> (0.01, True)), (0.01 -> (0.01, False)). Raises UsageError for anything else."""
-    raw = str(text).strip()
-    percent = raw.endswith("%")
-    try:
-        number = float(raw.removesuffix("%"))
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise UsageError(f"max-drop is {text!r}, allowed: a percentage such as 1% or a number such as 0.01, 0 or more")
-    return (number / 100, True) if percent else (number, False)
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from "50KB", "1.5MB", "800B", 800. KB and MB are 1000s, KiB and MiB 1024s."""
-    units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "b": 1, "": 1}
-    size, _ = quantity(text, units)
-    if not (math.isfinite(size) and size >= 1):
-        raise UsageError(f"max-size is {text!r}, allowed: bytes such as 50KB, 1.5MB or 800")
-    return int(size)
-
-
-def parse_time(text: str | float) -> float:
-    """Seconds from "90s", "10m", "2h", "600" or a number. Raises UsageError for anything else."""
-    raw = str(text).strip().lower()
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    unit = units.get(raw[-1:], 1.0)
-    try:
-        seconds = float(raw[:-1] if raw[-1:] in units else raw) * unit
-    except ValueError:
-        seconds = float("nan")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"time-budget is {text!r}, allowed: such as 90s, 10m, 2h, more than 0")
-    return seconds
 
 
 def best_of(record: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord:

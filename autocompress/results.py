@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from autocompress import report
 from autocompress.errors import ArtifactError, StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.limits import parse_size
 from autocompress.origins import load_origin
 from autocompress.plan import Plan
 from autocompress.record import (
@@ -19,7 +20,6 @@ from autocompress.record import (
     TrialRecord,
     best_of,
     fastest_of,
-    parse_size,
     without_folders,
     without_password,
 )

@@ -21,13 +21,14 @@ from autocompress import api, report
 from autocompress.deploy.target import check_target
 from autocompress.errors import StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.limits import parse_latency
 from autocompress.plan import Measurement
 from autocompress.record import Latency, fastest_of, name_points
 from autocompress.results import pick
 from autocompress.search.samplers import OPTUNA
 from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
-from autocompress.timing import STEPS_PER_OCTAVE, Timing, parse_latency, ratio_of, step
+from autocompress.timing import STEPS_PER_OCTAVE, Timing, ratio_of, step
 from autocompress.tracking.runs import trial_run
 from autocompress.tracking.view import view_state
 from autocompress.trial import Workbench
