@@ -64,12 +64,12 @@ class Net:
     """
 
     model: Any
-    plain: tuple[Any, Mapping[str, onnx.Form]]
     exact: Mapping[str, onnx.Form]
     layers: Sequence[Layer]
     tensors: Mapping[str, Seen]
     ranges: Mapping[str, Any]
     calls: Sequence[Named]
+    plain: tuple[Any, Mapping[str, onnx.Form]] = (None, {})
 
     @cached_property
     def weights(self) -> dict[Layer, Rounded]:
@@ -262,7 +262,7 @@ def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str],
             wanted.setdefault(layer.result, set())
     tensors = seen(model, wanted, calls)
     layers = [layer for layer in layers if layer.kind in UNRANGED or _understood(layer, tensors)]
-    return Net(model, plain, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls)
+    return Net(model, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls, plain)
 
 
 def _understood(layer: Layer, tensors: Mapping[str, Seen]) -> bool:
