@@ -17,12 +17,12 @@ import autocompress
 from autocompress import report
 from autocompress.errors import StudyBusy, StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.limits import parse_latency, parse_time
 from autocompress.origins import load_origin, origin_of
-from autocompress.record import parse_time
 from autocompress.results import Study, records_of
 from autocompress.search.study import Settings, StudyStore
 from autocompress.tasks.task import Task
-from autocompress.timing import BATCHES, Timing, parse_latency, timed_format
+from autocompress.timing import BATCHES, Timing, timed_format
 
 if TYPE_CHECKING:
     from autocompress.deploy.target import Target
@@ -243,7 +243,7 @@ def _search(
     if epochs is None and along and name is not None and records.file(name).exists():
         before = StudyStore.open(records.file(name))
         epochs, trials = before.settings.epochs, before.asked if trials is None else trials
-    aim = _aim(target, timing, bench, listener)
+    aim = _aim(None if name is None else records.file(name), target, timing, bench, trials, listener=listener)
     trials, epochs = _scope(bench, found, cluster, aim, trials=trials, epochs=epochs, budget=budget, along=along)
     sweep = preflight.sweep_trials(trials, cluster.workers) if priced and not along else 0
     chains = chains_within(sweep or trials - 1, cluster.workers, timed=timing is not None)
@@ -299,7 +299,7 @@ def _search(
         session = Session(store, records, listener, deadline)
         session.tracker = _tracker(records, tracking_uri or store.record().tracking_uri, session.homes.put)
         with _tracked(session):
-            aim = Target(target, settings.timing, settings.baseline_bytes)
+            aim = Target(target, settings.timing, settings.baseline_bytes, answers=aim.answers)
             if left:
                 trial = partial(run_trial, effort=settings.effort, deployed=aim)
                 listener.doing("starting Ray")
@@ -334,13 +334,28 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool, timed: boo
     return found
 
 
-def _aim(target: str, timing: Timing | None, bench: Workbench, listener: Listener) -> Target:
-    """What trials are measured by; its float32 export is made and run where sizes or times are those of exports."""
-    from autocompress.deploy.target import prepared
+def _aim(
+    file: Path | None,
+    target: str,
+    timing: Timing | None,
+    bench: Workbench,
+    trials: int | None,
+    *,
+    listener: Listener,
+) -> Target:
+    """The target, with no more measured than the trials that are left need: one of a study with results is verified.
 
+    The float32 export is made and run where sizes or times are those of exports.
+    """
+    from autocompress.deploy.target import Target, prepared
+
+    there = StudyStore.open(file).record() if file is not None and file.exists() else None
+    ended = 0 if there is None else sum(trial.state != "running" for trial in there.trials)
+    if there is not None and ended >= (DEFAULT_TRIALS if trials is None else trials):
+        return Target(target, timing)
     if target != "archive" or timing is not None:
         listener.doing(f"exporting the float32 model and running it{' to time it' if timing else ''}")
-    return prepared(target, timing, bench)
+    return prepared(target, timing, bench, begun=there is not None and there.baseline is not None)
 
 
 def _scope(
@@ -436,22 +451,28 @@ def _tracked(session: Session) -> Iterator[None]:
 def _measure_front(store: StudyStore, records: Records, task: Task, bench: Workbench, aim: Target) -> None:
     """Measure the front's members and the baseline on the test split, once each, and their latencies where these count.
 
-    Members of a front of another target than the archive are run in that target's runtime. Latencies are kept first:
-    what has a test metric is not measured again.
+    Members of a front of another target than the archive are run in that target's runtime. Where one is new, the
+    latencies of all whose files are there are measured, in turns. Latencies are kept first: what has a test metric is
+    not measured again.
     """
     from autocompress.compress.artifact import load
     from autocompress.session import untested
     from autocompress.tasks.batches import evaluate
 
-    left = untested(records_of(records, store))
+    record = records_of(records, store)
+    left = untested(record)
     if not left:
         return
     for trial in left:
         if trial.artifact is None:
             raise StudyError(f"the artifact of trial {trial.number} is missing from {str(records.root)!r}")
-    artifacts = {trial.number: records.root / trial.artifact for trial in left if trial.artifact}
-    metrics, latencies = aim.tested(task, {n: path for n, path in artifacts.items() if n})
-    for number in artifacts.keys() - metrics.keys():
+    new = {trial.number for trial in left}
+    members = {trial.number: trial for trial in (*left, *(record.front if aim.timing is not None else ()))}
+    artifacts = {n: records.root / trial.artifact for n, trial in sorted(members.items()) if trial.artifact}
+    decided = {number: record.decided(number, aim.format) for number in artifacts}
+    files = {number: path for number, path in artifacts.items() if number}
+    metrics, latencies = aim.tested(task, files, decided=decided, untested=new)
+    for number in new - metrics.keys():
         metrics[number] = evaluate(task, load(artifacts[number], model=task.model).to(bench.device), "test")
     if latencies:
         store.note_latencies(latencies)
@@ -499,7 +520,16 @@ def bench(
         target = timed_format(opened.record.target)
     with records.lock(name):
         pass  # what cannot be kept is not measured
-    found = latency.measure(opened.required_task(), artifacts, target=target, batches=batches, threads=threads)
+    record, which = opened.record, target
+    found = latency.measure(
+        opened.required_task(),
+        artifacts,
+        target=target,
+        batches=batches,
+        threads=threads,
+        batch=record.batch,
+        decided={number: record.decided(number, which) for number in artifacts},
+    )
     with records.lock(name):
         store = StudyStore.open(records.file(name))
         store.note_latencies(found)

@@ -583,8 +583,10 @@ def _export(options: argparse.Namespace) -> int:
         macs = f"{report.human_count(manifest['cut']['macs_before'])} -> {report.human_count(manifest['cut']['macs'])}"
         print(f"cut       {cut} of {manifest['cut']['units']} units are dead and are left out: {macs} MACs")
     if timed := manifest["verification"].get("latency"):
+        examples = "one example" if timed["batch"] == 1 else f"{timed['batch']} examples"
+        where = "one thread of this machine" if timed["threads"] == 1 else "this machine"
         print(
-            f"time      {1e3 * timed['seconds']:.3g} ms a call of one example on one thread of this machine, "
+            f"time      {1e3 * timed['seconds']:.3g} ms a call of {examples} on {where}, "
             f"{timed['ratio']:.2f}x of the float32 model's"
         )
     print(
@@ -698,8 +700,7 @@ def _bench_file(options: argparse.Namespace) -> int:
 
 def _check_goal(options: argparse.Namespace) -> None:
     """Mistakes in --max-drop, --max-size and --max-latency show before any work is done."""
-    from autocompress.record import parse_drop, parse_size
-    from autocompress.timing import parse_latency
+    from autocompress.limits import parse_drop, parse_latency, parse_size
 
     if options.max_drop is not None:
         parse_drop(options.max_drop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import pickle
@@ -364,7 +365,7 @@ def _trainable() -> type:
                 return {"number": number, "error": _one_line(error), "done": True}
             return {
                 "number": number,
-                "measurement": outcome.measurement.to_json(),
+                "measurement": json.dumps(outcome.measurement.to_json()),  # Tune would flatten it
                 "artifact": outcome.artifact,
                 "state": state_file,
                 "last": self.left == 0,
@@ -419,12 +420,13 @@ class _Relay:
         """A result as Tune flattens it."""
         if self.problem:
             return Decision.STOP
-        number, rung = flat["number"], flat.get("measurement/rung")
-        if rung is None or (number, rung) in self._rungs:
+        number, told = flat["number"], flat.get("measurement")
+        if told is None:
             return Decision.CONTINUE
-        self._rungs.add((number, rung))
-        values = {k.removeprefix("measurement/"): v for k, v in flat.items() if k.startswith("measurement/")}
-        measurement = Measurement.from_json(values)
+        measurement = Measurement.from_json(json.loads(told))
+        if (number, measurement.rung) in self._rungs:
+            return Decision.CONTINUE
+        self._rungs.add((number, measurement.rung))
         artifact, last, state = flat["artifact"], bool(flat["last"]), flat.get("state")
         decision = self._guard(lambda: self.ledger.measured(number, measurement, artifact, last, state))
         return decision or Decision.STOP

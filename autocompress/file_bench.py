@@ -12,7 +12,7 @@ from autocompress.timing import BATCHES
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from autocompress.deploy.bench_file import FileBench
+    from autocompress.deploy.file_times import FileTimes
 
 
 def bench_file(
@@ -25,11 +25,11 @@ def bench_file(
     threads: int = 1,
     lengths: Mapping[str, int] | None = None,
     data_dir: str | None = None,
-) -> FileBench:
+) -> FileTimes:
     """The times of an ONNX file beside `baseline`'s, or of an archive of `task` exported for `target` ("onnx").
 
     An archive's are beside the float32 model's. Raises UsageError for options that do not go with the kind of file,
-    and as `deploy.bench_file` does.
+    and as `deploy.file_times` does.
     """
     path = Path(file)
     with path.open("rb") as opened:
@@ -45,11 +45,11 @@ def bench_file(
         raise UsageError(f"{str(file)!r} is neither an archive nor a file that ends in .onnx")
     if baseline is not None and not Path(baseline).is_file():
         raise UsageError(f"file {str(baseline)!r} of --baseline does not exist")
-    from autocompress.deploy.bench_file import bench_archive, bench_onnx
+    from autocompress.deploy.file_times import times_of_archive, times_of_onnx
 
     if task is None:
         beside = None if baseline is None else Path(baseline)
-        return bench_onnx(path, baseline=beside, batches=batches, threads=threads, lengths=lengths)
+        return times_of_onnx(path, baseline=beside, batches=batches, threads=threads, lengths=lengths)
     from autocompress.deploy import latency
     from autocompress.origins import load_origin, origin_of
     from autocompress.tasks.checking import check_task
@@ -57,14 +57,14 @@ def bench_file(
     latency.check(batches or BATCHES, threads)
     loaded = load_origin(origin_of(task, data_dir))
     check_task(loaded)
-    return bench_archive(path, loaded, target=target or "onnx", batches=batches or BATCHES, threads=threads)
+    return times_of_archive(path, loaded, target=target or "onnx", batches=batches or BATCHES, threads=threads)
 
 
 def _shown(value: object) -> str:
     return " ".join(f"{name}={length}" for name, length in value.items()) if isinstance(value, Mapping) else repr(value)
 
 
-def bench_summary(found: FileBench) -> str:
+def bench_summary(found: FileTimes) -> str:
     """One line: the file, its bytes, MACs and threads."""
     from autocompress.report import human_bytes, human_count
 
@@ -74,7 +74,7 @@ def bench_summary(found: FileBench) -> str:
     return f"{found.file}{what}: {human_bytes(found.size_bytes)}{macs}, {threads}"
 
 
-def bench_table(found: FileBench) -> Table:
+def bench_table(found: FileTimes) -> Table:
     """Milliseconds and memory by batch size, and the baseline's."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

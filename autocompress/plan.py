@@ -240,6 +240,8 @@ class Measurement:
     the multiply-accumulates of one example, `seconds` the time since the trial began. Of a search that aims at another
     target than the archive `size_bytes` is the length of that file, and `metric_val` what it computes, where it
     quantizes by itself. `latency`, where that is an objective, is the time of a call over the float32 model's.
+    `decided` is what the writer of that file decided by measuring, where it did (`deploy.int8_choose.decided_in`), so
+    that the file can be written again.
     """
 
     rung: int
@@ -249,9 +251,11 @@ class Measurement:
     macs: int
     seconds: float
     latency: float | None = None
+    decided: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "latency" or value is not None}
+        optional = ("latency", "decided")
+        return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Measurement:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from autocompress import pareto
 from autocompress.errors import UsageError
+from autocompress.limits import parse_drop, parse_latency
 from autocompress.plan import LayerSpec, Measurement, Plan
-from autocompress.timing import Timing, parse_latency, quantity, ratio_of, step, timed_format
+from autocompress.timing import Timing, ratio_of, step, timed_format
 
 STATES = ("running", "complete", "stopped", "failed")
 
@@ -123,6 +124,16 @@ class StudyRecord:
         """The format that the front's members are exported in: the target's, of the archive ONNX."""
         return "onnx" if self.target == "archive" else self.target
 
+    @property
+    def batch(self) -> int:
+        """Examples of the calls that are timed."""
+        return 1 if self.timing is None else self.timing.batch
+
+    def decided(self, number: int, fmt: str) -> Mapping[str, Any] | None:
+        """What the writer of a trial's file of the format decided in the search; None where it made none."""
+        best = next((t.best for t in self.trials if t.number == number), None)
+        return None if best is None or fmt != self.target else best.decided
+
     @cached_property
     def measured(self) -> tuple[TrialRecord, ...]:
         """The trials that have a result, by number."""
@@ -135,9 +146,14 @@ class StudyRecord:
 
     @cached_property
     def front(self) -> tuple[TrialRecord, ...]:
-        """The non-dominated trials by rising size; the earlier one of equals."""
+        """The non-dominated trials by rising size; the earlier one of equals.
+
+        What the trials measured decides; of those, and of nothing else, what was timed again in turns with the others
+        takes the ones away that are dominated then.
+        """
         points = [self.objectives(t.best) for t in self.measured if t.best]
-        return tuple(self.measured[i] for i in pareto.front(points))
+        first = tuple(self.measured[i] for i in pareto.front(points))
+        return tuple(first[i] for i in pareto.front([self._latest(t) for t in first]))
 
     def count(self, state: str) -> int:
         """How many trials are in that state."""
@@ -151,7 +167,15 @@ class StudyRecord:
     def objectives(self, measurement: Measurement) -> tuple[float, ...]:
         """What a front compares, all minimised: size, signed metric, and where it is one the step of the latency."""
         two = float(measurement.size_bytes), self.sign * measurement.metric_val
-        return two if self.timing is None else (*two, step(measurement.latency or 1.0))
+        if self.timing is None:
+            return two
+        assert measurement.latency is not None
+        return (*two, step(measurement.latency))
+
+    def _latest(self, trial: TrialRecord) -> tuple[float, ...]:
+        """The trial's objectives, the latency as `latency` tells it."""
+        assert trial.best is not None
+        return self.objectives(replace(trial.best, latency=self.latency(trial)))
 
     def hypervolume(self, upto: int | None = None) -> float:
         """Hypervolume of the trials with numbers up to `upto` (all when None), in octaves.
@@ -199,7 +223,7 @@ class StudyRecord:
     def knee(self) -> TrialRecord:
         """The front's knee point, sizes on a logarithmic scale. Raises UsageError on an empty front."""
         self._require_front()
-        points = [(math.log2(size), *rest) for size, *rest in (self.objectives(t.best) for t in self.front if t.best)]
+        points = [(math.log2(size), *rest) for size, *rest in map(self._latest, self.front)]
         return self.front[pareto.knee(points)]
 
     def best(self) -> TrialRecord:
@@ -335,42 +359,6 @@ def without_folders(command: str) -> str:
         return command  # a call from Python
     words = [word.partition("=") if word.startswith("-") else ("", "", word) for word in shlex.split(command)]
     return shlex.join(f"{option}{sign}{value.rstrip('/').rpartition('/')[2]}" for option, sign, value in words)
-
-
-def parse_drop(text: str | float) -> tuple[float, bool]:
-    """("1%" -> (0.01, True)), (0.01 -> (0.01, False)). Raises UsageError for anything else."""
-    raw = str(text).strip()
-    percent = raw.endswith("%")
-    try:
-        number = float(raw.removesuffix("%"))
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise UsageError(f"max-drop is {text!r}, allowed: a percentage such as 1% or a number such as 0.01, 0 or more")
-    return (number / 100, True) if percent else (number, False)
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from "50KB", "1.5MB", "800B", 800. KB and MB are 1000s, KiB and MiB 1024s."""
-    units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "b": 1, "": 1}
-    size, _ = quantity(text, units)
-    if not (math.isfinite(size) and size >= 1):
-        raise UsageError(f"max-size is {text!r}, allowed: bytes such as 50KB, 1.5MB or 800")
-    return int(size)
-
-
-def parse_time(text: str | float) -> float:
-    """Seconds from "90s", "10m", "2h", "600" or a number. Raises UsageError for anything else."""
-    raw = str(text).strip().lower()
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    unit = units.get(raw[-1:], 1.0)
-    try:
-        seconds = float(raw[:-1] if raw[-1:] in units else raw) * unit
-    except ValueError:
-        seconds = float("nan")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"time-budget is {text!r}, allowed: such as 90s, 10m, 2h, more than 0")
-    return seconds
 
 
 def best_of(record: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord:

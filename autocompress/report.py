@@ -397,7 +397,7 @@ def _flat_front(record: StudyRecord) -> list[TrialRecord]:
 
 
 def _latencies(record: StudyRecord) -> list[float]:
-    return [record.latency(trial) or 1.0 for trial in record.front]
+    return [latency for trial in record.front if (latency := record.latency(trial)) is not None]
 
 
 def _trace(

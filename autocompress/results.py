@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from autocompress import report
 from autocompress.errors import ArtifactError, StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.limits import parse_size
 from autocompress.origins import load_origin
 from autocompress.plan import Plan
 from autocompress.record import (
@@ -19,7 +20,6 @@ from autocompress.record import (
     TrialRecord,
     best_of,
     fastest_of,
-    parse_size,
     without_folders,
     without_password,
 )
@@ -81,7 +81,17 @@ class Point:
 
         uri = self._registry(format, register, alias)
         self.check_file()
-        manifest = export(self.artifact, self._study.required_task(), format, Path(out), self._facts(), effort=effort)
+        record = self._study.record
+        manifest = export(
+            self.artifact,
+            self._study.required_task(),
+            format,
+            Path(out),
+            self._facts(),
+            effort=effort,
+            batch=record.batch,
+            decided=record.decided(self.trial, format),
+        )
         if register is None or uri is None:
             return manifest
         from autocompress.tracking import register as registry

@@ -1,4 +1,4 @@
-"""The time of a call as an objective: what is timed, the limits that users name, and what noise hides."""
+"""The time of a call as an objective: what is timed, a limit as a ratio, and what noise hides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autocompress.errors import UsageError
+from autocompress.limits import parse_latency
 
 FORMATS = ("onnx", "onnx-int8")
 """What onnxruntime runs, and so can be timed."""
@@ -65,24 +65,3 @@ def ratio_of(limit: str | float, baseline: float) -> float:
     """A limit ("0.7x", "2ms") over a baseline in seconds. Raises UsageError as `parse_latency`."""
     number, relative = parse_latency(limit)
     return number if relative else number / baseline
-
-
-def parse_latency(text: str | float) -> tuple[float, bool]:
-    """("0.7x" or 0.7 -> (0.7, True)), ("2ms" -> (0.002, False)). Raises UsageError for anything else."""
-    number, unit = quantity(text, {"us": 1e-6, "ms": 1e-3, "s": 1.0, "x": 1.0, "": 1.0})
-    if not (math.isfinite(number) and number > 0) or (unit == "" and isinstance(text, str)):
-        raise UsageError(
-            f"max-latency is {text!r}, allowed: times the float32 model's such as 0.7x, or a time such as 2ms or 150us"
-        )
-    return number, unit in ("x", "")
-
-
-def quantity(text: object, units: Mapping[str, float]) -> tuple[float, str]:
-    """("2.5 KB", {"kb": 1000}) -> (2500.0, "kb"); NaN where it is no number of one of the units, in lower case."""
-    raw = str(text).strip().lower()
-    digits = raw.rstrip("".join(units) + " ")
-    unit = raw[len(digits) :].strip()
-    try:
-        return float(digits) * units[unit], unit
-    except (ValueError, KeyError):
-        return math.nan, unit

@@ -88,11 +88,12 @@ class Outcome:
 @dataclass(frozen=True)
 class Deployed:
     """What a trial's file is where it is to run: its bytes, and where these are measured there, the time of a call
-    over the float32 model's, and the metric on validation data."""
+    over the float32 model's, and the metric on validation data; what its writer decided by measuring."""
 
     size_bytes: int
     latency: float | None = None
     metric_val: float | None = None
+    decided: Mapping[str, Any] | None = None
 
 
 class Workbench:
@@ -446,6 +447,7 @@ def _outcomes(
             macs=macs_of(specs, model.plan, read),
             seconds=time.monotonic() - began,
             latency=found.latency,
+            decided=found.decided,
         )
         yield Outcome(numbers, data, model.state)
 

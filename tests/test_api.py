@@ -8,9 +8,10 @@ import pytest
 
 import autocompress as ac
 from autocompress.errors import UsageError
+from autocompress.limits import parse_time
 from autocompress.origins import origin_of
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
-from autocompress.record import StudyRecord, TrialRecord, parse_time
+from autocompress.record import StudyRecord, TrialRecord
 from autocompress.results import pick
 from autocompress.tasks.checking import check_task
 

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "autocompress"
 LEVELS = (
     {"errors"},
     {"plan"},
+    {"limits"},
     {"pareto", "timing"},
     {"record"},
     {"codec"},
@@ -34,7 +35,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 TOP = len(LEVELS)
 HOMES = {"mlflow": {"tracking"}, "ray": {"engine"}, "optuna": {"search"}}
 """The only parts that may import a library."""
-PURE = {"errors", "plan", "pareto", "timing", "record"}
+PURE = {"errors", "plan", "limits", "pareto", "timing", "record"}
 WITHOUT_TORCH = {*PURE, "codec", "search", "tracking", "report", "folders", "terminal", "cli"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

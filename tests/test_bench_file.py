@@ -11,7 +11,7 @@ from local_search import write_task
 from onnx import TensorProto, helper, numpy_helper, save
 
 from autocompress import cli
-from autocompress.deploy import bench_file as timing
+from autocompress.deploy import file_times as timing
 from autocompress.deploy import memory
 from autocompress.deploy.macs import macs
 from autocompress.deploy.made_up import fixed_batch, made_up
@@ -43,7 +43,7 @@ def product(path, width, outputs=1, batch="batch"):
 @pytest.fixture
 def fast(monkeypatch):
     """Few turns, and no process for the memory."""
-    monkeypatch.setattr(timing, "bench_onnx", partial(timing.bench_onnx, turns=2, seconds=0.0))
+    monkeypatch.setattr(timing, "times_of_onnx", partial(timing.times_of_onnx, turns=2, seconds=0.0))
     monkeypatch.setattr(timing, "peak_bytes", lambda *_: 12345)
 
 
@@ -162,7 +162,7 @@ def test_macs_of_products_of_whole_numbers_and_of_free_lengths():
 
 def test_a_file_beside_a_larger_one(tmp_path):
     file, other = product(tmp_path / "a.onnx", 64, 64), product(tmp_path / "b.onnx", 1024, 2048)
-    found = timing.bench_onnx(file, baseline=other, batches=(4,), turns=4, seconds=0.002)
+    found = timing.times_of_onnx(file, baseline=other, batches=(4,), turns=4, seconds=0.002)
     assert (found.file, found.baseline) == (str(file), str(other))
     assert (found.size_bytes, found.macs) == (file.stat().st_size, 64 * 64)
     (one,) = found.times
@@ -171,7 +171,7 @@ def test_a_file_beside_a_larger_one(tmp_path):
     assert one.ratio == pytest.approx(one.median / one.baseline, rel=0.9)
     assert one.baseline_memory_bytes > 4 * 1024 * 2048
     assert one.baseline_memory_bytes > one.memory_bytes + 2e6
-    (alone,) = timing.bench_onnx(file, batches=(1,), turns=2, seconds=0.0).times
+    (alone,) = timing.times_of_onnx(file, batches=(1,), turns=2, seconds=0.0).times
     assert alone.ratio is alone.baseline is alone.baseline_memory_bytes is None
 
 
@@ -180,17 +180,17 @@ def test_files_beside_a_model_count(tmp_path):
     node, weight = helper.make_node("MatMul", ["x", "w"], ["y"]), np.ones((300, 5), np.float32)
     made = model([node], {"x": (FLOAT, ["batch", 300])}, {"w": weight})
     save(made, file, save_as_external_data=True, location="m.data", size_threshold=0)
-    found = timing.bench_onnx(file, batches=(1,), turns=2, seconds=0.0)
+    found = timing.times_of_onnx(file, batches=(1,), turns=2, seconds=0.0)
     assert found.size_bytes == file.stat().st_size + (tmp_path / "m.data").stat().st_size > 6000
     assert found.macs == 1500
 
 
 def test_the_one_batch_size_of_a_file_is_taken(fast, tmp_path):
     file = product(tmp_path / "a.onnx", 8, batch=3)
-    assert [one.batch for one in timing.bench_onnx(file).times] == [3]
+    assert [one.batch for one in timing.times_of_onnx(file).times] == [3]
     with pytest.raises(UsageError, match="batch is 1, allowed: 3, which the file fixes"):
-        timing.bench_onnx(file, batches=(1, 3))
-    assert [one.batch for one in timing.bench_onnx(product(tmp_path / "b.onnx", 8)).times] == [1, 32]
+        timing.times_of_onnx(file, batches=(1, 3))
+    assert [one.batch for one in timing.times_of_onnx(product(tmp_path / "b.onnx", 8)).times] == [1, 32]
 
 
 # ---------------------------------------------------------------------- the command

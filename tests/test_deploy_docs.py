@@ -34,7 +34,7 @@ from torch import nn
 
 from autocompress import cli
 from autocompress.compress.artifact import load
-from autocompress.deploy import bench_file, verify
+from autocompress.deploy import file_times, verify
 from autocompress.deploy.export import export
 from autocompress.deploy.files import FILES
 from autocompress.plan import LayerPlan
@@ -238,7 +238,7 @@ def test_a_file_is_measured(exports, tmp_path, monkeypatch, capsys):
     shutil.copytree(exports.folder("digits", "onnx"), tmp_path / "deploy")
     shutil.copyfile(exports.folder("residual", "onnx") / "model.onnx", tmp_path / "other.onnx")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_file, "bench_onnx", partial(bench_file.bench_onnx, turns=2, seconds=0.0))
+    monkeypatch.setattr(file_times, "times_of_onnx", partial(file_times.times_of_onnx, turns=2, seconds=0.0))
     assert cli.main(words[1:]) == 0
     manifest = json.loads((tmp_path / "deploy" / "manifest.json").read_text())
     assert f"{human_count(manifest['cut']['macs'])} MACs an example" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from autocompress.compress.artifact import load
-from autocompress.deploy import executorch, verify
+from autocompress.deploy import executorch, latency, verify
 from autocompress.deploy import export as deploy_export
 from autocompress.deploy.calibration import training_inputs
 from autocompress.deploy.export import _in_parts, export
@@ -154,6 +154,7 @@ def stand_in(monkeypatch):
 
         monkeypatch.setattr(executorch, "write", write)
         monkeypatch.setattr(deploy_export, "_run", run)
+        monkeypatch.setattr(latency, "_in_runtime", lambda *_: lambda inputs: lambda: None)
 
     return install
 
@@ -170,6 +171,8 @@ def test_int8_is_held_to_its_metric_float32_to_its_outputs(smoke, stand_in, tmp_
     assert abs(checks["metric_difference"]) <= 0.01
     assert checks["max_abs_difference"] > verify.OUTPUT_TOLERANCE * checks["max_abs_output"]
     assert checks["batch_sizes"] == [1, 13, 64]
+    assert checks["latency"]["threads"] is None  # the runtime takes what it likes
+    assert checks["latency"]["float32_seconds"] > 0
 
 
 @pytest.mark.parametrize(("noise", "words"), [(3.0, "has a test accuracy of 0"), (math.nan, "does not compute")])

@@ -18,7 +18,7 @@ from autocompress.compress.ranges import Grid, attach
 from autocompress.deploy import int8, int8_calibrate, int8_weights, verify
 from autocompress.deploy import onnx as deploy_onnx
 from autocompress.deploy.export import export
-from autocompress.deploy.int8_choose import Group, chosen, pays
+from autocompress.deploy.int8_choose import Choosing, Group, chosen, decided_in, pays
 from autocompress.deploy.int8_layers import own_ranges
 from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.sessions import session_of
@@ -643,3 +643,92 @@ def test_a_file_that_does_not_hold_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="in 8 bits the metric"):
         export(artifact, task, "onnx-int8", tmp_path / "out", FACTS)
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- written again
+
+
+def written(task, artifact, file, choosing):
+    from autocompress.compress.artifact import load
+    from autocompress.deploy.files import write_file
+
+    recorder = Recorder(load(artifact, model=task.model), file.parent)
+    recorder.run("one", recorder.named(task.test[0][:2]))
+    return write_file("onnx-int8", artifact, recorder, file, task=task, choosing=choosing)
+
+
+def unlike(monkeypatch):
+    """A clock that says something else at each write."""
+    drawn = np.random.default_rng(0)
+    monkeypatch.setattr(int8.Timer, "_times", lambda _, sessions: list(1 + drawn.random(len(sessions))))
+
+
+@pytest.mark.parametrize("pays_off", [True, False])
+def test_what_was_decided_gives_the_same_file_whatever_the_clock_says(tmp_path, monkeypatch, pays_off):
+    task = task_of("mlp")
+    artifact = compressed(task, LayerPlan(bits=4), tmp_path)
+    monkeypatch.setattr(verify, "QUANTIZED_METRIC_TOLERANCE", 0.3)  # of 96 noisy examples
+    monkeypatch.setattr(int8, "pays", lambda size, seconds: pays_off)
+    unlike(monkeypatch)
+    first = written(task, artifact, tmp_path / "a.onnx", Choosing())
+    decided = json.loads(json.dumps(decided_in(first)))
+    assert decided["pays"] is pays_off
+    monkeypatch.setattr(int8, "pays", lambda size, seconds: not pays_off)
+    monkeypatch.setattr(int8, "chosen", None)  # the clock is not asked
+    again = written(task, artifact, tmp_path / "b.onnx", Choosing(decided=decided))
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert (first["decided"]["by"], again["decided"]["by"]) == ("clock", "record")
+    assert decided_in(again) == decided
+    assert again["validation"] == first["validation"]
+    assert {layer["because"] for layer in again["layers"].values()} == {"chosen when the trial was measured"}
+
+
+@pytest.mark.parametrize("change", ["batch", "layer", "form", "metric"])
+def test_what_was_decided_for_something_else_is_decided_anew(tmp_path, monkeypatch, change):
+    task = task_of("mlp")
+    artifact = compressed(task, LayerPlan(), tmp_path)
+    monkeypatch.setattr(int8.Timer, "_times", lambda _, sessions: [1.0] * len(sessions))
+    decided = decided_in(written(task, artifact, tmp_path / "a.onnx", Choosing()))
+    name = next(iter(decided["forms"]))
+    if change == "layer":
+        decided["forms"]["other"] = decided["forms"].pop(name)
+    elif change == "form":
+        decided["forms"][name] = "sideways"
+    elif change == "metric":
+        monkeypatch.setattr(int8, "quantized_metric_holds", lambda *_: bool(asked.append(1)) or len(asked) > 1)
+    asked = []
+    given = Choosing(32 if change == "batch" else 1, decided)
+    assert written(task, artifact, tmp_path / "b.onnx", given)["decided"]["by"] == "clock"
+
+
+def test_the_clock_is_asked_once_about_nets_of_one_structure(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(int8.Timer, "_times", lambda _, sessions: asked.append(1) or [1.0] * len(sessions))
+    monkeypatch.setattr(int8.Timer, "over", lambda *_: 0.5)
+    monkeypatch.setattr(verify, "QUANTIZED_METRIC_TOLERANCE", 0.3)
+    task, other = task_of("mlp"), task_of("pair")
+    answers = {}
+
+    def asks(task, layer, batch=1):
+        asked.clear()
+        written(task, compressed(task, layer, tmp_path), tmp_path / "a.onnx", Choosing(batch, answers=answers))
+        return len(asked)
+
+    assert asks(task, LayerPlan()) > 2
+    with torch.no_grad():
+        task.model[0].weight += 0.1 * torch.randn(48, 40)
+    assert asks(task, LayerPlan()) == 0  # other values
+    assert asks(task, LayerPlan(), batch=8) > 2
+    assert asks(other, LayerPlan()) > 2
+
+
+@pytest.mark.parametrize("batch", [1, 5, 150])
+def test_forms_are_timed_at_the_batch(batch):
+    _, net = known("residual")
+    _, members = int8.groups_of(net)
+    example = int8.Timer(net, members, Choosing(batch)).example["input"]
+    assert example.shape == (batch, 3, 9, 9)
+    held = np.concatenate([call["input"] for call in net.calls])
+    assert np.array_equal(example[:90], held[:90][:batch])
+    if batch > len(held):
+        assert np.array_equal(example[len(held) :], held[: batch - len(held)])

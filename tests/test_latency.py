@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from autocompress import Task, api, cli, report
 from autocompress.deploy import latency, turns
+from autocompress.deploy.export import export
 from autocompress.deploy.turns import Turns, in_turns
-from autocompress.errors import StudyError, UsageError
+from autocompress.errors import ExportError, StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.record import Latency
@@ -167,3 +168,26 @@ def test_the_table_has_a_dash_where_nothing_was_measured(tmp_path, local, one_th
     assert "0.50x  2.50 MB memory" in text
     assert "12.3 M" in text
     assert (" - " in text) == (len(record.front) > 1)
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "torch", "archive"])
+def test_a_manifest_tells_the_time_in_the_runtime_of_its_format(wide, tmp_path, fmt, monkeypatch):
+    bench = Workbench(wide, "cpu")
+    plan = Plan({spec.name: LayerPlan(rank=16 if spec.name != "4" else None) for spec in bench.layers}, Recipe(0.0))
+    *_, outcome = run_trial(bench, plan, Budget((0.0,)))
+    (tmp_path / "trial.acz").write_bytes(outcome.artifact)
+    monkeypatch.setattr(latency, "in_turns", partial(in_turns, seconds=0.002))
+    before = torch.get_num_threads()
+    told = export(tmp_path / "trial.acz", wide, fmt, tmp_path / "out", {}, batch=3)["verification"]["latency"]
+    assert torch.get_num_threads() == before
+    assert (told["batch"], told["threads"]) == (3, 1)
+    low, high = told["quartiles"]
+    assert 0 < low <= told["seconds"] <= high
+    assert told["ratio"] < 0.8
+    assert told["ratio"] == pytest.approx(told["seconds"] / told["float32_seconds"], rel=0.7)
+
+
+def test_what_a_runtime_raises_is_one_line(tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"no zip")
+    with pytest.raises(ExportError, match=r"the exported model.pt2 does not run: "):
+        latency._in_runtime("torch", tmp_path / "model.pt2", False, 1)

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from autocompress.errors import UsageError
+from autocompress.limits import parse_drop, parse_size
 from autocompress.plan import LayerPlan, LayerSpec, Measurement, Plan, Recipe
-from autocompress.record import StudyRecord, TrialRecord, name_points, parse_drop, parse_size, without_folders
+from autocompress.record import StudyRecord, TrialRecord, name_points, without_folders
 
 FC = LayerSpec("fc", "linear", (10, 100), 1000)
 

@@ -13,9 +13,11 @@ from test_deploy import FACTS, compressed, make_task, mlp
 from test_trial import task_of
 from torch import nn
 
+from autocompress import api
 from autocompress.compress.artifact import load
 from autocompress.deploy import latency, target
 from autocompress.deploy.export import export
+from autocompress.deploy.int8_choose import decided_in
 from autocompress.deploy.target import Target, check_holds, check_target, prepared
 from autocompress.deploy.verify import runner
 from autocompress.errors import SpaceError, UsageError
@@ -113,7 +115,7 @@ def test_a_call_is_timed_beside_the_float32_model(tmp_path, monkeypatch, brief):
     assert metrics == {}  # those of an archive are its model's
     assert latencies[7][0].key == ("onnx", 3, 1)
     assert latencies[7][0].ratio < 0.7
-    assert asked == [[1], [3], [3], [3]]  # in the export that is verified, before the search, in a trial, at the end
+    assert asked == [[3], [3], [3]]  # before the search, in a trial, at the end
     assert evaluate(task, load(path), "test") != evaluate(task, load(path), "val")
     assert Target("onnx").tested(task, {7: path}) == ({7: pytest.approx(evaluate(task, load(path), "test"))}, {})
 
@@ -189,6 +191,51 @@ def test_a_search_for_onnx(work, studied, done, fail, tmp_path):  # noqa: F811
     assert "exists with target onnx, not archive" in fail(2, "search", *studied)
     done("resume", "waves", "--trials", "5")
     assert json.loads(done("front", "waves", "--json"))["target"] == "onnx"
+
+
+@pytest.mark.slow
+def test_an_8_bit_file_of_a_search_is_written_again_byte_by_byte(work, studied, done, tmp_path):  # noqa: F811
+    done("search", *studied, "--target", "onnx-int8", "--latency", "3")
+    record = api.open_study("waves").record
+    points = {point["trial"]: point for point in json.loads(done("front", "waves", "--json"))["front"]}
+    members = [trial for trial in record.front if trial.number]
+    assert members
+    for trial in members:
+        manifests = []
+        for out in (tmp_path / "a", tmp_path / "b"):
+            done("export", "waves", "--pick", f"trial={trial.number}", "--format", "onnx-int8", "-o", str(out))
+            manifests.append(json.loads((out / "manifest.json").read_text()))
+        first, again = manifests
+        assert first["sha256"] == again["sha256"]
+        assert first["size_bytes"] == points[trial.number]["size_bytes"]
+        assert first["verification"]["metric_exported"] == points[trial.number]["metric_test"]
+        assert (first["decided"]["by"], first["verification"]["latency"]["batch"]) == ("record", 3)
+        assert decided_in(first) == trial.best.decided
+        assert all(m.decided is None for m in trial.measurements if m is not trial.best)
+
+
+@pytest.mark.slow
+def test_a_study_with_results_is_not_verified_again(work, studied, done, monkeypatch):  # noqa: F811
+    done("search", *studied, "--target", "onnx", "--latency")
+    tested, asked = Target.tested, []
+
+    def noted(self, task, files, **options):
+        asked.append((set(files), set(options["untested"])))
+        return tested(self, task, files, **options)
+
+    monkeypatch.setattr(target, "export", None)
+    monkeypatch.setattr(Target, "tested", noted)
+    before = api.open_study("waves").record
+    monkeypatch.setattr(target, "run_trial", None)
+    done("resume", "waves")  # nothing is left: no file is written
+    assert asked == []
+    monkeypatch.setattr(target, "run_trial", run_trial)
+    done("resume", "waves", "--trials", "5")
+    after = api.open_study("waves").record
+    assert after.timing == before.timing
+    for files, untested in asked:  # with a new member all are timed
+        assert untested - {0} <= files
+        assert {t.number for t in after.front if t.number} <= files
 
 
 def test_what_cannot_be_shipped_is_refused_before_the_search(work, studied, fail, monkeypatch):  # noqa: F811

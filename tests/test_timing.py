@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import optuna
@@ -20,13 +21,14 @@ from autocompress import api, report
 from autocompress.deploy.target import check_target
 from autocompress.errors import StudyError, UsageError
 from autocompress.folders import Records
+from autocompress.limits import parse_latency
 from autocompress.plan import Measurement
 from autocompress.record import Latency, fastest_of, name_points
 from autocompress.results import pick
 from autocompress.search.samplers import OPTUNA
 from autocompress.search.space_file import load_space
 from autocompress.search.study import Settings, StudyStore
-from autocompress.timing import STEPS_PER_OCTAVE, Timing, parse_latency, ratio_of, step
+from autocompress.timing import STEPS_PER_OCTAVE, Timing, ratio_of, step
 from autocompress.tracking.runs import trial_run
 from autocompress.tracking.view import view_state
 from autocompress.trial import Workbench
@@ -160,6 +162,39 @@ def test_the_latest_measurement_counts_where_it_is_of_the_same_call():
     assert study(SLOW_BASE, other, timing=TIMING, target="onnx-int8").latency(other) == 0.6
 
 
+def test_what_is_dominated_when_all_are_timed_together_leaves_the_front():
+    """By the trials 1 is a step faster than 4, which is smaller and better; timed beside each other it is slower."""
+    better = timed(trial(4, 900, 0.81), 0.53)
+    record = study(SLOW_BASE, FAST, better, timing=TIMING)
+    assert [t.number for t in record.front] == [4, 1]
+    assert step(0.5) < step(0.53)
+
+    def again(given, ratio):
+        return replace(given, latencies=(Latency("onnx", 1, 1, 0.001, 0.001, 0.001, 0.002, ratio, 900),))
+
+    for ratio, left in ((0.56, [4]), (0.529, [4]), (0.48, [4, 1])):
+        together = study(SLOW_BASE, again(FAST, ratio), again(better, 0.53), timing=TIMING)
+        assert [t.number for t in together.front] == left
+        assert together.hypervolume() == record.hypervolume()
+        assert together.knee().number in left
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.floats(0.3, 1.2), st.floats(0.3, 1.2)), max_size=8))
+def test_each_member_of_a_front_is_beaten_by_none_as_it_is_shown(drawn):
+    trials = [
+        replace(
+            timed(trial(number, 100 * size, 0.5 + metric / 10), first),
+            latencies=(Latency("onnx", 1, 1, 0.001, 0.001, 0.001, 0.002, again, 900),),
+        )
+        for number, (size, metric, first, again) in enumerate(drawn, start=1)
+    ]
+    record = study(SLOW_BASE, *trials, timing=TIMING)
+    shown = [(t.best.size_bytes, -t.best.metric_val, record.latency(t)) for t in record.front]
+    assert shown
+    for a, b in permutations(shown, 2):
+        assert not all(x <= y for x, y in zip(a, b, strict=True))
+
+
 def test_it_is_shown(tmp_path):
     record = study(SLOW_BASE, FAST, SMALL, timing=TIMING)
     data = record.to_front_json()
@@ -268,7 +303,11 @@ def test_latencies_are_kept_before_what_says_that_a_trial_is_measured(monkeypatc
     monkeypatch.setattr(api, "records_of", lambda records, store: record)
     kept = []
     store = SimpleNamespace(note_latencies=lambda found: kept.append(("latencies", found)), note_tests=kept.append)
-    aim = SimpleNamespace(tested=lambda task, files: (dict.fromkeys(files, 0.5), {n: (str(files[n]),) for n in files}))
+
+    def tested(task, files, *, decided, untested):
+        return dict.fromkeys(untested, 0.5), {n: (str(files[n]),) for n in files}
+
+    aim = SimpleNamespace(tested=tested, timing=TIMING, format="onnx")
     api._measure_front(store, Records(tmp_path), None, None, aim)
     assert kept == [("latencies", {1: (str(Records(tmp_path).root / "mine/1.acz"),)}), {1: 0.5}]
 

@@ -432,6 +432,30 @@ def test_a_shared_weight_loses_the_units_of_all_its_places():
     assert cut.macs == outcome.measurement.macs
 
 
+class Joined(nn.Module):
+    """Outputs of two layers and inputs side by side, flattened images among them, and once more beside another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(2, 4, 1)
+        self.after, self.c = nn.Conv2d(6 + 4 + 2, 8, 1), nn.Linear(8 * 16 + 6 * 16, 10)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        a = torch.relu(self.a(x))
+        y = torch.relu(self.after(torch.cat([a, torch.relu(self.b(x)), x], 1)))
+        return self.head(torch.relu(self.c(torch.cat([y.flatten(1), a.flatten(1)], 1))))
+
+
+@pytest.mark.parametrize("widths", [{"a": 0.5}, {"a": 0.5, "b": 0.25, "after": 0.75}, {"after": 0.5}])
+def test_macs_of_what_reads_a_concatenation_of_narrowed_layers(widths):
+    bench = Workbench(task_of(Joined), "cpu")
+    plan = plan_of(bench, widths, Recipe(0.0))
+    outcome = last(bench, plan)
+    _, cut = slimmed(weights_of(bench, outcome), {"input": images(2, 9)[0]}, False)
+    assert cut.macs == outcome.measurement.macs < sum(spec.macs for spec in bench.layers)
+
+
 def test_a_space_gives_layers_that_share_units_one_width(bench):
     layers = [{"width": [0.4, 1.0]}, {"match": "wide", "width": [0.5, 0.9]}, {"match": "narrow", "bits": [4, 8]}]
     space, whole = preflight.where_cut(load_space({"version": 1, "layers": layers}, bench.layers), bench)

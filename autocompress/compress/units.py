@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -64,14 +65,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Wiring:
-    """The groups of a model, and by layer the place of that which its outputs are, and of that which it reads.
+    """The groups of a model, and by layer the place of that which its outputs are, and what it reads.
 
-    `problem` says why a model has none.
+    That is units of groups side by side, several behind a concatenation: place and how many, the place None where they
+    are no group's. `problem` says why a model has none.
     """
 
     groups: tuple[Group, ...]
     outputs: Mapping[str, int]
-    inputs: Mapping[str, int]
+    inputs: Mapping[str, tuple[tuple[int | None, int], ...]]
     problem: str = ""
 
 
@@ -157,12 +159,19 @@ class Units:
         if not narrows(plan, self._specs):
             return {}
         found: dict[str, int] = {}
-        for name, place in self.wiring.inputs.items():
-            group, spec = self.wiring.groups[place], self._by_name[name]
-            if not group.why and spec.groups == 1:
-                count = self._by_name[group.layers[0]].units(plan.layers[group.layers[0]])
-                found[name] = spec.shape[1] // group.size * count
+        for name, parts in self.wiring.inputs.items():
+            spec = self._by_name[name]
+            if spec.groups == 1:
+                stay = sum(size * self._share(place, plan) for place, size in parts)
+                found[name] = round(spec.shape[1] * stay / sum(size for _, size in parts))
         return found
+
+    def _share(self, place: int | None, plan: Plan) -> Fraction:
+        """The part of a group's units that stays."""
+        if place is None or (group := self.wiring.groups[place]).why:
+            return Fraction(1)
+        first = self._by_name[group.layers[0]]
+        return Fraction(first.units(plan.layers[first.name]), group.size)
 
     def _saliency(self, group: Group, plan: Plan) -> Tensor:
         """Of each unit, (size,), float64."""
@@ -218,8 +227,16 @@ def wiring_of(model: nn.Module, specs: Sequence[LayerSpec], example: Any) -> Wir
         places[space] = len(groups)
         groups.append(graph.group(layers, all(goes[layer.node] for layer in layers), [spec.name for spec in specs]))
     outputs = {name: place for place, group in enumerate(groups) for name in group.layers}
-    read = {graph.name(layer): places.get(layer.inputs.space.root()) for layer in found.layers.values()}
-    return Wiring(tuple(groups), outputs, {name: place for name, place in read.items() if name and place is not None})
+    joined = {parts[0].whole.root(): parts for parts in found.parts.values() if parts}
+
+    def side_by_side(space: Space) -> list[tuple[int | None, int]]:
+        root = space.root()
+        if root in places or root not in joined:
+            return [(places.get(root), root.size)]
+        return [(p, size * part.repeat) for part in joined[root] for p, size in side_by_side(part.units)]
+
+    read = {graph.name(layer): tuple(side_by_side(layer.inputs.space)) for layer in found.layers.values()}
+    return Wiring(tuple(groups), outputs, {name: parts for name, parts in read.items() if name})
 
 
 def _first_keys(module: nn.Module) -> dict[str, str]:

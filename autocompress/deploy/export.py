@@ -22,6 +22,7 @@ from autocompress.compress.artifact import load
 from autocompress.compress.ranges import attached
 from autocompress.deploy import latency, verify
 from autocompress.deploy.files import FILES, QUANTIZED, write_file
+from autocompress.deploy.int8_choose import Choosing
 from autocompress.deploy.recorder import (
     Recorder,
     arrays_of,
@@ -32,25 +33,33 @@ from autocompress.deploy.recorder import (
 )
 from autocompress.errors import ExportError, UsageError
 from autocompress.tasks.batches import finite_metric, metric_name, predict
-from autocompress.timing import FORMATS, timed_format
 
 if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
-_TIMED = (*FORMATS, "mlflow")
 _TURNS, _MOST_SECONDS = 15, 10.0
 _BATCH = 256
 _SMALL_BATCHES = (1, 64)
 
 
 def export(
-    artifact: Path, task: Task, fmt: str, out: Path, facts: Mapping[str, Any], *, effort: str | None = None
+    artifact: Path,
+    task: Task,
+    fmt: str,
+    out: Path,
+    facts: Mapping[str, Any],
+    *,
+    effort: str | None = None,
+    batch: int = 1,
+    decided: Mapping[str, Any] | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """The manifest of the files written to the folder `out`: one of `FILES` and manifest.json.
 
     The file is made from `artifact` alone (`task.model` gives the architecture) and compared with it on the whole
     of `task.test` before anything appears in `out`; other files there are left alone. `facts` (plain JSON) go into
-    the manifest as "recorded". `effort` codes an archive anew.
+    the manifest as "recorded". `effort` codes an archive anew. A call of `batch` examples is timed, unless `timed` is
+    false; by such calls the forms of 8-bit layers are chosen, unless they were `decided` (`int8_choose.decided_in`).
     Raises ExportError where the export fails, does not do what the artifact does or cannot be written,
     UsageError for an unknown format, ArtifactError for a damaged artifact.
     """
@@ -67,14 +76,15 @@ def export(
         for size in _SMALL_BATCHES:
             recorder.run(f"batch-{size:06d}", recorder.first(size))
         file = folder / FILES[fmt]
-        details = write_file(fmt, artifact, recorder, file, effort, task=task)
+        choosing = Choosing(batch, decided)
+        details = write_file(fmt, artifact, recorder, file, effort, task=task, choosing=choosing)
         runtime = _run(fmt, task, recorder, file)
         expected = finite_metric(task, outputs, targets, "test")
         checks = _compared(task, recorder, expected, targets, file, quantized=fmt in QUANTIZED)
         if "batch" in details:
             checks["batch_sizes"] = _in_parts(checks["batch_sizes"], details["batch"])
-        if fmt in _TIMED:
-            checks["latency"] = _latency(task, fmt, file, Path(calls))
+        if timed:
+            checks["latency"] = _latency(task, fmt, file, Path(calls), batch)
         manifest = {
             "format": fmt,
             "file": file.name,
@@ -117,13 +127,13 @@ def _run(fmt: str, task: Task, recorder: Recorder, file: Path) -> str:
     return f"autocompress {__version__}, torch {torch.__version__}"
 
 
-def _latency(task: Task, fmt: str, file: Path, folder: Path) -> dict[str, Any]:
-    """What the manifest says of a call of one example in onnxruntime, beside the float32 model's export."""
-    base = latency.float32(task, task.test, folder, [1], 1)
-    ((found,),) = latency.in_files(base, {0: file}, timed_format(fmt), 1, turns=_TURNS, most=_MOST_SECONDS).values()
+def _latency(task: Task, fmt: str, file: Path, folder: Path, batch: int) -> dict[str, Any]:
+    """What the manifest says of a call in the format's runtime, beside the float32 model's export there."""
+    base = latency.float32(task, task.test, folder, [batch], 1, fmt=fmt)
+    ((found,),) = latency.in_files(base, {0: file}, fmt, 1, turns=_TURNS, most=_MOST_SECONDS).values()
     return {
         "batch": found.batch,
-        "threads": found.threads,
+        "threads": None if fmt.startswith("executorch") else found.threads,  # it takes as many as it likes
         "seconds": found.median,
         "quartiles": [found.low, found.high],
         "float32_seconds": found.baseline,

@@ -13,6 +13,7 @@ from torch import nn
 from autocompress.codec import container
 from autocompress.compress.artifact import read
 from autocompress.deploy.calibration import training_inputs
+from autocompress.deploy.int8_choose import Choosing
 from autocompress.deploy.recorder import Named, Recorder, output_tensors
 from autocompress.errors import AutocompressError, ExportError
 from autocompress.tasks.wording import one_line, without_paths
@@ -43,10 +44,12 @@ def write_file(
     *,
     slim: bool = True,
     task: Task | None = None,
+    choosing: Choosing | None = None,
 ) -> dict[str, Any]:
     """Write the file, from the recorder's module or as the artifact says; what a manifest says of it.
 
-    Without dead units unless `slim` is false. `task` gives the formats of `QUANTIZED` their calibration data.
+    Without dead units unless `slim` is false. `task` gives the formats of `QUANTIZED` their calibration data;
+    `choosing` is how onnx-int8 comes to the forms of its layers.
     Raises ExportError.
     """
     if fmt in QUANTIZED and task is None:
@@ -71,7 +74,7 @@ def write_file(
         from autocompress.deploy import int8
 
         try:
-            return int8.write(module, inputs, names, file, recorder=recorder, task=task) | cut
+            return int8.write(module, inputs, names, file, recorder=recorder, task=task, choosing=choosing) | cut
         except AutocompressError:
             raise
         except Exception as error:  # a graph that is like none before

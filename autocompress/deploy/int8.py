@@ -8,11 +8,11 @@ harm the outputs most are left in float32.
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from onnx import TensorProto, numpy_helper
 from autocompress.deploy import onnx
 from autocompress.deploy.calibration import training_inputs
 from autocompress.deploy.int8_calibrate import Named, Seen, corrected_bias, ranges_of, seen
-from autocompress.deploy.int8_choose import Group, Plan, chosen, pays
+from autocompress.deploy.int8_choose import Choosing, Group, Plan, chosen, pays
 from autocompress.deploy.int8_graph import int8_graph
 from autocompress.deploy.int8_layers import UNRANGED, Layer, layers_of, names_of, own_ranges
 from autocompress.deploy.int8_pools import pooled
@@ -58,7 +58,10 @@ _NOT_WORTH = "8 bits save neither time nor bytes in all"
 
 @dataclass(frozen=True)
 class Net:
-    """A float32 model, its layers, and what calibration tells of its tensors."""
+    """A float32 model, its layers, and what calibration tells of its tensors.
+
+    `plain` is the model as the format onnx has it, with the forms of its weights.
+    """
 
     model: Any
     exact: Mapping[str, onnx.Form]
@@ -66,6 +69,7 @@ class Net:
     tensors: Mapping[str, Seen]
     ranges: Mapping[str, Any]
     calls: Sequence[Named]
+    plain: tuple[Any, Mapping[str, onnx.Form]] = (None, {})
 
     @cached_property
     def weights(self) -> dict[Layer, Rounded]:
@@ -129,58 +133,123 @@ class Net:
         return made, found
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What a write decides: the form of each layer, why, and the seconds of calls that were timed for it.
+
+    `packed`: whether levels are in their small forms; `pays`: whether the file is not that of the format onnx;
+    `checked`: the metrics on validation data; `by`: "clock" or "record".
+    """
+
+    forms: Mapping[Layer, str]
+    because: Mapping[Layer, str]
+    packed: bool
+    pays: bool
+    checked: Mapping[str, Any]
+    by: str = "clock"
+    seconds: Mapping[Layer, Mapping[str, float]] = field(default_factory=dict)
+
+    def model(self, net: Net) -> tuple[Any, Mapping[str, onnx.Form]]:
+        """What is written."""
+        return net.final(self.forms, small=self.packed) if self.pays else net.plain
+
+
 def write(
-    module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str], path: Path, *, recorder: Recorder, task: Task
+    module: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    names: list[str],
+    path: Path,
+    *,
+    recorder: Recorder,
+    task: Task,
+    choosing: Choosing | None = None,
 ) -> dict[str, Any]:
     """Writes the file; what the manifest says of it. Arguments as of `onnx.write`; `recorder` knows the calls.
 
-    What is not worth it (`int8_choose.pays`) is the very file that `onnx.write` writes. Raises ExportError where the
-    metric on validation data is beyond the tolerance with every layer in float32.
+    What is not worth it (`int8_choose.pays`) is the very file that `onnx.write` writes. Forms that `choosing` knows
+    are taken where they are those of this net's layers and the metric on validation data holds; else the clock
+    decides. Raises ExportError where that metric is beyond the tolerance with every layer in float32.
     """
+    choosing = choosing or Choosing()
     net = net_of(module, inputs, names, recorder, task)
+    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
+        validation = Validation(task, recorder, Path(folder))
+        decided = recorded(net, choosing, validation) or measured(net, choosing, validation, module, Path(folder))
+    details = onnx.save(*decided.model(net), module, path)
+    del details["same_graph_float32_bytes"]
+    return details | {
+        "layers": {
+            name: {
+                "form": decided.forms[layer],
+                "because": decided.because[layer],
+                "call_seconds": {form: round(second, 8) for form, second in decided.seconds.get(layer, {}).items()},
+                **({"keeps_its_levels": net.keeps(layer, decided.forms[layer])} if layer in net.weights else {}),
+            }
+            for name, layer in zip(names_of(net.layers), net.layers, strict=True)
+        },
+        "decided": {"by": decided.by, "batch": choosing.batch, "packed": decided.packed, "pays": decided.pays},
+        "calibration": {"examples": _count(net.calls), "split": "train"},
+        "validation": dict(decided.checked),
+    }
+
+
+def measured(net: Net, choosing: Choosing, validation: Validation, module: torch.nn.Module, folder: Path) -> Decided:
+    """What the clock says, and the metric on validation data. Raises ExportError as `held_back`."""
     groups, members = groups_of(net)
-    timer = Timer(net, members)
+    timer = Timer(net, members, choosing)
     starts = [{"": "static"}, {"": "dynamic"}, {"": "weights"}]
     choices = chosen(groups, starts, timer) if groups else []
     forms = {layer: choice.form for choice, part in zip(choices, members, strict=True) for layer in part}
     because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
-    with tempfile.TemporaryDirectory(prefix="autocompress-") as folder:
-        forms, because, checked = held_back(net, forms, because, Validation(task, recorder, Path(folder)))
-        small = net.final(forms, small=True)
-        long = net.final(forms, small=False)
-        if len(small[1]) > len(long[1]) and timer.over(small, long) > _AS_FAST:
-            small = long
-        details = onnx.save(*small, module, path)
-        plain = onnx.graph_of(module, inputs, recorder.keywords, names)
-        file = Path(folder) / path.name
-        plain_details = onnx.save(*plain, module, file)
-        part = path.stat().st_size / file.stat().st_size
-        if not (net.rounds(forms) and pays(part, timer.over(small, plain))):
-            details = plain_details
-            shutil.copyfile(file, path)
-            because |= {layer: _NOT_WORTH for layer, form in forms.items() if form != "float32"}
-            forms = dict.fromkeys(forms, "float32")
-            checked["metric"] = checked["metric_float32"]
-    del details["same_graph_float32_bytes"]
     seconds = {layer: choice.seconds for choice, part in zip(choices, members, strict=True) for layer in part}
-    return details | {
-        "layers": {
-            name: {
-                "form": forms[layer],
-                "because": because[layer],
-                "call_seconds": {form: round(second, 8) for form, second in seconds[layer].items()},
-                **({"keeps_its_levels": net.keeps(layer, forms[layer])} if layer in net.weights else {}),
-            }
-            for name, layer in zip(names_of(net.layers), net.layers, strict=True)
-        },
-        "calibration": {"examples": _count(net.calls), "split": "train"},
-        "validation": checked,
-    }
+    forms, because, checked = held_back(net, forms, because, validation)
+    small, long = net.final(forms, small=True), net.final(forms, small=False)
+    packed = len(small[1]) == len(long[1]) or timer.over(small, long) <= _AS_FAST
+    file = small if packed else long
+    part = _saved_bytes(file, module, folder) / _saved_bytes(net.plain, module, folder)
+    worth = net.rounds(forms) and pays(part, timer.over(file, net.plain))
+    if not worth:
+        because |= {layer: _NOT_WORTH for layer, form in forms.items() if form != "float32"}
+        forms = dict.fromkeys(forms, "float32")
+        checked["metric"] = checked["metric_float32"]
+    return Decided(forms, because, packed, worth, checked, seconds=seconds)
+
+
+def recorded(net: Net, choosing: Choosing, validation: Validation) -> Decided | None:
+    """What an earlier write of this net decided for calls of as many examples.
+
+    None where that is not known, was of other layers, or the metric on validation data does not hold with it.
+    """
+    told = choosing.decided
+    if told is None or told["batch"] != choosing.batch:
+        return None
+    layers = dict(zip(names_of(net.layers), net.layers, strict=True))
+    groups, members = groups_of(net)
+    pairs = zip(groups, members, strict=True)
+    options = {layer: {*group.options, "float32"} for group, part in pairs for layer in part}
+    if told["forms"].keys() != layers.keys() or any(told["forms"][n] not in options[x] for n, x in layers.items()):
+        return None
+    forms = {layer: told["forms"][name] for name, layer in layers.items()}
+    reference = validation.metric(session_of(net.model))
+    metric = reference
+    if told["pays"]:
+        metric = validation.metric(session_of(onnx.inserted(*net.final(forms, small=False))))
+    if not quantized_metric_holds(reference, metric, validation.task.direction, _SHARE):
+        return None
+    because = dict.fromkeys(forms, "chosen when the trial was measured")
+    checked = {"metric_float32": reference, "metric": metric}
+    return Decided(forms, because, told["packed"], told["pays"], checked, "record")
+
+
+def _saved_bytes(model: tuple[Any, Mapping[str, onnx.Form]], module: torch.nn.Module, folder: Path) -> int:
+    """The length of the file."""
+    onnx.save(*model, module, folder / "model.onnx")
+    return (folder / "model.onnx").stat().st_size
 
 
 def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str], recorder: Recorder, task: Task) -> Net:
     """The float32 net, observed on the first training examples of a shuffled pass."""
-    model, exact = onnx.graph_of(module, inputs, recorder.keywords, names, whole=True)
+    plain, (model, exact) = onnx.graphs_of(module, inputs, recorder.keywords, names, whole=(False, True))
     model, exact = joined(pooled(model), exact)
     fixed = own_ranges(model)
     layers = layers_of(model)
@@ -193,7 +262,7 @@ def net_of(module: torch.nn.Module, inputs: Mapping[str, Any], names: list[str],
             wanted.setdefault(layer.result, set())
     tensors = seen(model, wanted, calls)
     layers = [layer for layer in layers if layer.kind in UNRANGED or _understood(layer, tensors)]
-    return Net(model, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls)
+    return Net(model, exact, layers, tensors, ranges_of(tensors, layers, fixed), calls, plain)
 
 
 def _understood(layer: Layer, tensors: Mapping[str, Seen]) -> bool:
@@ -268,18 +337,44 @@ def _options(net: Net, part: Sequence[Layer]) -> dict[str, int]:
     return {"weights": alone, **({} if part[0].kind == "conv" else {"dynamic": eight}), "static": eight}
 
 
-class Timer:
-    """Times whole calls of one example, under plans of the groups' forms."""
+def structure(model: Any) -> str:
+    """A sum over all of a model but the values of its float initializers."""
+    bare = type(model).FromString(model.SerializeToString())
+    for tensor in bare.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.ClearField("raw_data")
+            tensor.ClearField("float_data")
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
 
-    def __init__(self, net: Net, members: Sequence[Sequence[Layer]]) -> None:
-        self.net, self.members = net, members
-        self.example = {name: array[:1] for name, array in net.calls[0].items()}
+
+def _examples(calls: Sequence[Named], count: int) -> Named:
+    """The first examples of the calls, from the start again where there are fewer."""
+    return {
+        name: np.resize(np.concatenate([call[name] for call in calls])[:count], (count, *first.shape[1:]))
+        for name, first in calls[0].items()
+    }
+
+
+class Timer:
+    """Times whole calls under plans of the groups' forms.
+
+    How long a call takes does not depend on the weights' values: what was asked of a net of the same structure is
+    known from the answers of `choosing`.
+    """
+
+    def __init__(self, net: Net, members: Sequence[Sequence[Layer]], choosing: Choosing) -> None:
+        self.net, self.members, self.answers = net, members, choosing.answers
+        self.example = _examples(net.calls, choosing.batch)
         self.sessions: dict[Plan, Session] = {}
+        self.about = structure(net.model), choosing.batch
 
     def __call__(self, plans: Sequence[Plan]) -> list[float]:
         """The median seconds under each plan, measured in turns."""
-        self.sessions = {plan: self.sessions.get(plan) or self._loaded(plan) for plan in plans}
-        return self._times([self.sessions[plan] for plan in plans])
+        question = (*self.about, *plans)
+        if question not in self.answers:
+            self.sessions = {plan: self.sessions.get(plan) or self._loaded(plan) for plan in plans}
+            self.answers[question] = self._times([self.sessions[plan] for plan in plans])
+        return self.answers[question]
 
     def over(self, one: tuple[Any, Any], other: tuple[Any, Any]) -> float:
         """The time of a call of the first of two models as part of the second's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 CLEARLY = 0.02
 """A share of the time of a call that decides; less is noise."""
@@ -17,6 +18,26 @@ Plan = tuple[str, ...]
 """The form of each group."""
 Timer = Callable[[Sequence[Plan]], Sequence[float]]
 """Seconds of a call under each of some plans, measured in turns."""
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How a write comes to its forms: by calls of `batch` examples, unless `decided` says what an earlier one decided.
+
+    `answers` are what the clock said so far, by question: a write adds to them, and asks nothing twice.
+    """
+
+    batch: int = 1
+    decided: Mapping[str, Any] | None = None
+    answers: dict[Any, list[float]] = field(default_factory=dict, repr=False, compare=False)
+
+
+def decided_in(details: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a write decided by the clock and the metric, from what it says of its file: plain JSON. None without."""
+    if (found := details.get("decided")) is None:
+        return None
+    forms = {name: layer["form"] for name, layer in details["layers"].items()}
+    return {**{key: found[key] for key in ("batch", "packed", "pays")}, "forms": forms}
 
 
 @dataclass(frozen=True)

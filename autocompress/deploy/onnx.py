@@ -285,10 +285,18 @@ def graph_of(
 
     Nothing is folded into weights that have such a form; if `whole`, into none of two or more axes.
     """
-    model, forms = _exported(module, inputs, keywords, outputs, whole)
-    reordered(model.graph)
-    _strip(model)
-    return model, forms
+    return graphs_of(module, inputs, keywords, outputs, whole=[whole])[0]
+
+
+def graphs_of(
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str], *, whole: Sequence[bool]
+) -> list[tuple[Any, dict[str, Form]]]:
+    """What `graph_of` gives for each `whole`, of one and the same export."""
+    found = _exported(module, inputs, keywords, outputs, whole)
+    for model, _ in found:
+        reordered(model.graph)
+        _strip(model)
+    return found
 
 
 def save(model: Any, forms: Mapping[str, Form], module: nn.Module, path: Path) -> dict[str, Any]:
@@ -313,9 +321,9 @@ def save(model: Any, forms: Mapping[str, Form], module: nn.Module, path: Path) -
 
 
 def _exported(
-    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str], whole: bool
-) -> tuple[Any, dict[str, Form]]:
-    """The simplified model and the forms of its weights, by torch.export, else by the older tracer."""
+    module: nn.Module, inputs: Mapping[str, Any], keywords: bool, outputs: list[str], whole: Sequence[bool]
+) -> list[tuple[Any, dict[str, Form]]]:
+    """The simplified model and the forms of its weights for each `whole`, by torch.export, else by the older tracer."""
     import torch
 
     args: Any = () if keywords else tuple(inputs.values())
@@ -330,12 +338,13 @@ def _exported(
     for attempt in (_by_torch_export, _by_tracer):
         try:
             with quiet(), torch.no_grad():
-                model = attempt(module, args, options)
-                forms = _forms(model.graph)
-                wide = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 1} if whole else set()
-                model = _optimized(model, {*forms, *wide})
-            _check_batch(model.graph, list(inputs))
-            return model, forms
+                raw = attempt(module, args, options)
+                forms = _forms(raw.graph)
+                wide = {tensor.name for tensor in raw.graph.initializer if len(tensor.dims) > 1}
+                models = [_optimized(_copied(raw), {*forms, *(wide if each else ())}) for each in whole]
+            for model in models:
+                _check_batch(model.graph, list(inputs))
+            return [(model, dict(forms)) for model in models]
         except Exception as error:  # the exporters raise whatever the model's own code raises, too
             cause, values = error, values or reads_values(error)
     reason = values or (str(cause) if isinstance(cause, ExportError) else one_line(cause))
@@ -403,9 +412,13 @@ def _optimized(model: Any, names: set[str]) -> Any:
     return model
 
 
+def _copied(model: Any) -> Any:
+    return type(model).FromString(model.SerializeToString())
+
+
 def inserted(model: Any, forms: Mapping[str, Form]) -> Any:
     """A model with the forms in the place of their initializers, if those are there."""
-    made = type(model).FromString(model.SerializeToString())
+    made = _copied(model)
     names = [tensor.name for tensor in model.graph.initializer if tensor.name in forms]
     constants: dict[str, Array] = {}
     for name in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from autocompress.deploy import latency
 from autocompress.deploy.accuracy import metric_of
 from autocompress.deploy.export import export
 from autocompress.deploy.files import FILES, QUANTIZED, write_file
+from autocompress.deploy.int8_choose import Choosing, decided_in
 from autocompress.deploy.recorder import Recorder
 from autocompress.deploy.verify import runner
 from autocompress.errors import AutocompressError, ExportError, SpaceError, UsageError
@@ -55,17 +56,31 @@ class Target:
     units. Where its runtime computes in 8 bits by itself the metric is what that gives. `timing` asks for the time of a
     call, of the archive's ONNX file. The uncompressed plan is the float32 model, in `baseline_bytes`. `seconds`: about
     how long a file takes to write, where that is known. `float_format` is the format of the float32 model's file.
+    `answers` are the clock's so far on forms of 8-bit files (`int8_choose.Choosing`).
     """
 
-    def __init__(self, name: str, timing: Timing | None = None, baseline_bytes: int = 0, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        timing: Timing | None = None,
+        baseline_bytes: int = 0,
+        seconds: float = 0.0,
+        answers: Mapping[Any, list[float]] | None = None,
+    ) -> None:
         self.name, self.timing, self.baseline_bytes, self.seconds = name, timing, baseline_bytes, seconds
+        self.answers = dict(answers or {})
         self.format = "onnx" if name == "archive" else name
         self.float_format = self.format.removesuffix("-int8")
         self._base: latency.Float32 | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers make their own sessions."""
-        return Target, (self.name, self.timing, self.baseline_bytes, self.seconds)
+        return Target, (self.name, self.timing, self.baseline_bytes, self.seconds, self.answers)
+
+    @property
+    def batch(self) -> int:
+        """Examples of the calls that are timed."""
+        return 1 if self.timing is None else self.timing.batch
 
     @property
     def exports(self) -> bool:
@@ -82,27 +97,36 @@ class Target:
         with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
             path = Path(scratch) / FILES["archive"]
             path.write_bytes(artifact)
-            recorder, file = self._written(task, path)
+            recorder, file, decided = self._written(task, path)
             length = len(artifact) if archive else file.stat().st_size
             ratio = None if self.timing is None else self._ratio(task, file, self.timing)
             metric = self._metric(task, recorder, file, "val") if self.name in QUANTIZED else None
-            return Deployed(length, ratio, metric)
+            return Deployed(length, ratio, metric, decided)
 
     def tested(
-        self, task: Task, artifacts: Mapping[int, Path]
+        self,
+        task: Task,
+        artifacts: Mapping[int, Path],
+        *,
+        decided: Mapping[int, Any] | None = None,
+        untested: Collection[int] | None = None,
     ) -> tuple[dict[int, float], dict[int, tuple[Latency, ...]]]:
-        """By trial the test metrics of their files in the runtime and, with `timing`, their latencies, all in turns.
+        """By trial the test metrics of those `untested` (None: all) in the runtime and, with `timing`, all latencies.
 
-        No metrics of the archive, which are the artifacts' own. Raises ExportError for what cannot be exported.
+        `decided` is what the writers of their files decided in the trials. No metrics of the archive, which are the
+        artifacts' own. Calls take turns. Raises ExportError for what cannot be exported.
         """
         metrics: dict[int, float] = {}
+        untested = artifacts.keys() if untested is None else untested
         if not self.exports:
             return metrics, {}
         with tempfile.TemporaryDirectory(prefix="autocompress-") as scratch:
             files: dict[int, Path] = {}
             for number, artifact in artifacts.items():
-                recorder, file = self._written(task, artifact, folder=Path(scratch))
-                if self.name != "archive":
+                if self.timing is None and number not in untested:
+                    continue
+                recorder, file, _ = self._written(task, artifact, (decided or {}).get(number), folder=Path(scratch))
+                if self.name != "archive" and number in untested:
                     metrics[number] = self._metric(task, recorder, file, "test")
                 files[number] = file.rename(file.with_name(f"{number}-{file.name}"))
             if self.timing is None:
@@ -110,13 +134,16 @@ class Target:
             base = latency.float32(task, task.test, Path(scratch), [self.timing.batch], self.timing.threads)
             return metrics, latency.in_files(base, files, self.format, self.timing.threads)
 
-    def _written(self, task: Task, artifact: Path, folder: Path | None = None) -> tuple[Recorder, Path]:
-        """The target's file of an artifact, in the folder, else beside it."""
+    def _written(
+        self, task: Task, artifact: Path, decided: Mapping[str, Any] | None = None, *, folder: Path | None = None
+    ) -> tuple[Recorder, Path, dict[str, Any] | None]:
+        """The target's file of an artifact, in the folder, else beside it, and what its writer decided."""
         folder = folder or artifact.parent
         recorder = _called(task, load(artifact, model=task.model), folder)
         file = folder / FILES[self.format]
-        write_file(self.format, artifact, recorder, file, task=task)
-        return recorder, file
+        choosing = Choosing(self.batch, decided, self.answers)
+        details = write_file(self.format, artifact, recorder, file, task=task, choosing=choosing)
+        return recorder, file, decided_in(details)
 
     def _metric(self, task: Task, recorder: Recorder, file: Path, split: Literal["val", "test"]) -> float:
         run, _ = runner(self.float_format, str(file), recorder.keywords)
@@ -135,11 +162,12 @@ class Target:
         return latency.in_files(self._base, {0: file}, self.format, timing.threads, turns=_TURNS)[0][0].ratio
 
 
-def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
+def prepared(name: str, timing: Timing | None, bench: Workbench, *, begun: bool = False) -> Target:
     """The target of a search that begins: the float32 model's bytes in it (0: the archive) and the time of its call.
 
-    The float32 model is exported and verified as `export` does, on validation data. Raises ExportError for a model that
-    the target cannot run.
+    The float32 model is exported and verified as `export` does, on validation data. What the clock says of its layers'
+    forms holds for every trial of the same structure. Of a study that has `begun` all but that and the seconds of a
+    file is known, and not measured. Raises ExportError for a model that the target cannot run.
     """
     if name == "archive" and timing is None:
         return Target(name)
@@ -149,12 +177,16 @@ def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
         folder = Path(scratch)
         path = folder / FILES["archive"]
         path.write_bytes(whole.artifact)
-        target = Target(name)
-        export(path, replace(bench.task, test=bench.task.val), target.float_format, folder / "out", {})
+        target = Target(name, timing)
+        if not begun:
+            as_val = replace(bench.task, test=bench.task.val)
+            export(path, as_val, target.float_format, folder / "out", {}, timed=False)
         began = time.monotonic()
         target._written(bench.task, path)
         seconds = time.monotonic() - began
         length = 0
+        if begun:
+            return Target(name, timing, length, seconds, target.answers)
         if name != "archive":
             file = folder / FILES[target.float_format]
             recorder = _called(bench.task, copy.deepcopy(bench.task.model).cpu().eval(), folder)
@@ -162,9 +194,8 @@ def prepared(name: str, timing: Timing | None, bench: Workbench) -> Target:
             length = file.stat().st_size
         if timing is not None:
             base = latency.float32(bench.task, bench.task.val, folder, [timing.batch], timing.threads)
-            found = latency.in_files(base, {0: base.file}, "onnx", timing.threads)
-            timing = timing.measured(found[0][0].baseline)
-    return Target(name, timing, length, seconds)
+            timing = timing.measured(latency.seconds_of(base))
+    return Target(name, timing, length, seconds, target.answers)
 
 
 def _called(task: Task, model: nn.Module, folder: Path) -> Recorder:

@@ -220,7 +220,7 @@ class StudyStore:
         failed = state == "failed"
         result = {
             "state": state,
-            "measurements": [m.to_json() for m in measurements],
+            "measurements": [(m if m is best else replace(m, decided=None)).to_json() for m in measurements],
             "best": None if best is None or failed else best.rung,
             "sha256": sha256,
             "error": error,
@@ -415,7 +415,10 @@ class StudyStore:
     def _values(self, best: Measurement) -> list[float]:
         """The objectives as Optuna knows them."""
         two = [float(best.size_bytes), best.metric_val]
-        return two if self.settings.timing is None else [*two, best.latency or 1.0]
+        if self.settings.timing is None:
+            return two
+        assert best.latency is not None
+        return [*two, best.latency]
 
     def _constraints(self, values: Sequence[float]) -> dict[str, float]:
         """By name what must not be above 0: how much slower a call is than the limit."""

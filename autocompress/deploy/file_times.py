@@ -42,7 +42,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class FileBench:
+class FileTimes:
     """A file, what was timed beside it, MACs of an example where they are known, and its times.
 
     Of an archive, size and times are those of its export for the target.
@@ -62,7 +62,7 @@ class FileBench:
         return asdict(self)
 
 
-def bench_onnx(
+def times_of_onnx(
     file: Path,
     *,
     baseline: Path | None = None,
@@ -71,7 +71,7 @@ def bench_onnx(
     lengths: Mapping[str, int] | None = None,
     turns: int = TURNS,
     seconds: float = TURN_SECONDS,
-) -> FileBench:
+) -> FileTimes:
     """The times of an ONNX file with inputs made up from its graph, in turns with `baseline`'s if that is given.
 
     `batches`: `timing.BATCHES`, or the one size that the file takes. `lengths` as in `made_up`; errors as there and as
@@ -101,17 +101,17 @@ def bench_onnx(
         found.append(Times(size, median, low, high, held["file"], *other))
     size_bytes, count = _told(file, lengths or {})
     beside = str(baseline) if baseline else None
-    return FileBench(str(file), False, size_bytes, "onnx", threads, count, tuple(found), beside)
+    return FileTimes(str(file), False, size_bytes, "onnx", threads, count, tuple(found), beside)
 
 
-def bench_archive(
+def times_of_archive(
     archive: Path, task: Task, *, target: str = "onnx", batches: Sequence[int] = BATCHES, threads: int = 1
-) -> FileBench:
+) -> FileTimes:
     """The times of an archive's export for the target beside the float32 model's. Errors as in `latency.measure`."""
     found = latency.measure(task, {0: archive}, target=target, batches=batches, threads=threads)[0]
     times = tuple(Times(**{each.name: getattr(one, each.name) for each in fields(Times)}) for one in found)
     first = found[0]
-    return FileBench(str(archive), True, first.size_bytes, target, threads, first.macs, times, "the float32 model")
+    return FileTimes(str(archive), True, first.size_bytes, target, threads, first.macs, times, "the float32 model")
 
 
 def _told(file: Path, lengths: Mapping[str, int]) -> tuple[int, int | None]:
