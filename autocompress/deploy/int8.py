@@ -31,6 +31,7 @@ from autocompress.deploy.int8_graph import int8_graph
 from autocompress.deploy.int8_layers import UNRANGED, Layer, layers_of, names_of, own_ranges
 from autocompress.deploy.int8_pools import pooled
 from autocompress.deploy.int8_recurrent import joined
+from autocompress.deploy.int8_rounding import refined
 from autocompress.deploy.int8_weights import Rounded, float_form, level_form, rounded
 from autocompress.deploy.recorder import Recorder, structured
 from autocompress.deploy.sessions import Session, session_of
@@ -70,12 +71,13 @@ class Net:
     @cached_property
     def weights(self) -> dict[Layer, Rounded]:
         """As 8-bit layers take them."""
-        return {
+        nearest = {
             part: rounded(part.values, part.axis, alone=layer.kind == "table")
             for layer in self.layers
             if layer.kind not in ("add", "constant")
             for part in layer.weights
         }
+        return refined(self.model, nearest, self.calls)
 
     @cached_property
     def biases(self) -> dict[Layer, Array | None]:
