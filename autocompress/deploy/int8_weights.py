@@ -25,11 +25,11 @@ Array = NDArray[Any]
 
 MOST = 127
 """The highest level."""
-_PAIR = 128
+PAIR = 128
 """The largest sum of two neighbours: 255 * 128 < 2^15."""
 _NARROW = (0.85, 0.92, 1.0)
 """Steps tried, as shares of that of which the largest weight is `MOST`: the first two cut it off."""
-_STEPS = (*_NARROW, *(1 + k / 12 for k in range(1, 12)), 2 * MOST / _PAIR)
+_STEPS = (*_NARROW, *(1 + k / 12 for k in range(1, 12)), 2 * MOST / PAIR)
 """Those where neighbours must be safe: of the last one any are."""
 _FEW = 84
 """More levels than these take a byte each also as digits of words."""
@@ -144,7 +144,7 @@ def safe(levels: NDArray[np.int8]) -> NDArray[np.bool_]:
     good = np.ones(len(levels), np.bool_)
     for order in orders:
         flat = order.reshape(len(levels), -1).astype(np.int16)
-        good &= np.abs(flat[:, 1:] + flat[:, :-1]).max(axis=1, initial=0) <= _PAIR
+        good &= np.abs(flat[:, 1:] + flat[:, :-1]).max(axis=1, initial=0) <= PAIR
     return good
 
 
