@@ -204,7 +204,7 @@ def default_uri(records: Path) -> str:
     """The SQLite store beside the records. Raises UsageError for a folder whose name an address cannot hold."""
     if "?" in str(records):
         raise UsageError(
-            f"records folder {str(records)!r} has a '?' in its name, which the address of its MLflow store cannot hold: "
-            "give another --dir, or --tracking-uri"
+            f"records folder {str(records)!r} has a '?' in its name, which the address of its MLflow store cannot "
+            "hold: give another --dir, or --tracking-uri"
         )
     return f"sqlite:///{records.absolute()}/mlflow.db"
