@@ -27,10 +27,12 @@ Array = NDArray[Any]
 PRODUCTS = frozenset(("conv", "gemm", "matmul"))
 LARGEST = 2304
 """Columns of a row of weights above which moments would take too much memory."""
-_ROWS = 4096
+_ROWS = 2048
 """Of inputs of a call, about."""
 _SHARES = (1.0, 0.92, 0.85, 0.78)
 """Of the step of the least squared error, what steps are tried: a sweep keeps neighbours safe by itself."""
+_MANY = 1 << 17
+"""Weights of a layer from which the first of these is the only one: a sweep of all takes a second a million weights."""
 _DESCENTS = 2
 
 
@@ -104,13 +106,15 @@ def swept(layer: Layer, nearest: Rounded, hessian: torch.Tensor) -> Rounded:
 
     Sweeps at a few steps are tried, as that many copies of the rows.
     """
-    axis, tried = _axis(layer), len(_SHARES)
+    axis = _axis(layer)
+    shares = _SHARES[: 1 if layer.values.size >= _MANY else None]
+    tried = len(shares)
     values = torch.tensor(np.moveaxis(layer.values, axis, 0))
     groups, _, columns = hessian.shape
     weight = values.reshape(groups, -1, columns)
     start = torch.tensor(np.moveaxis(nearest.levels, axis, 0)).reshape(weight.shape).float()
     scales = torch.tensor(nearest.scales).reshape(groups, 1, -1)
-    steps = (scales * torch.tensor(_SHARES)[:, None]).reshape(groups, -1)
+    steps = (scales * torch.tensor(shares)[:, None]).reshape(groups, -1)
     levels = _levels(weight.repeat(1, tried, 1), steps, hessian, _neighbours(values.shape[1:]))
 
     shape = (groups, 1 + tried, -1)
