@@ -733,3 +733,27 @@ def test_forms_are_timed_at_the_batch(batch):
     assert np.array_equal(example[:90], held[:90][:batch])
     if batch > len(held):
         assert np.array_equal(example[len(held) :], held[: batch - len(held)])
+
+
+def test_layers_that_take_outputs_far_from_float32_go_back_though_the_metric_holds(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    task = make_task(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)), (torch.randn(128, 64),))
+    artifact = compressed(task, LayerPlan(), tmp_path)
+    monkeypatch.setattr(int8.Timer, "__call__", lambda _, plans: [sum(f != "static" for f in p) for p in plans])
+    monkeypatch.setattr(int8.Timer, "over", lambda *_: 0.5)
+    monkeypatch.setattr(int8, "quantized_metric_holds", lambda *_: True)
+    near = export(artifact, task, "onnx-int8", tmp_path / "near", FACTS)
+    assert {found["form"] for found in near["layers"].values()} == {"static"}
+    assert 0 < near["validation"]["distance"] < 0.05
+    monkeypatch.setattr(int8, "FAR", near["validation"]["distance"] * 0.9)
+    nearer = export(artifact, task, "onnx-int8", tmp_path / "nearer", FACTS)
+    assert "the outputs were too far from float32's" in {found["because"] for found in nearer["layers"].values()}
+    assert nearer["validation"]["distance"] <= int8.FAR
+
+
+def test_a_distance_is_relative_to_the_spread_of_what_is_wanted():
+    wanted = np.array([100.0, 101.0, 99.0, 100.0])
+    assert int8.distance([wanted + 0.5], [wanted]) == pytest.approx(0.5 / np.sqrt(0.5))
+    assert int8.distance([wanted, wanted + 1], [wanted, wanted]) == pytest.approx(1 / np.sqrt(0.5))
+    assert int8.distance([np.full(3, 2.0)], [np.full(3, 2.0)]) == 0
+    assert int8.distance([], []) == 0

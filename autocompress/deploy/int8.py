@@ -48,6 +48,9 @@ EXAMPLES = 256
 """Training examples that ranges are calibrated on."""
 _SHARE = 0.5
 """Of the tolerance, how far it may fall on validation data, on which the layers are chosen."""
+FAR = 0.1
+"""The distance of outputs from float32's, on calibration inputs, beyond which harmful layers go back to float32: the
+metric of some hundred validation examples does not tell yet what breaks."""
 _BATCH, _VALIDATED = 32, 256
 _TURNS = 15
 _TURN_SECONDS = 0.006
@@ -212,7 +215,7 @@ def measured(net: Net, choosing: Choosing, validation: Validation, module: torch
     if not worth:
         because |= {layer: _NOT_WORTH for layer, form in forms.items() if form != "float32"}
         forms = dict.fromkeys(forms, "float32")
-        checked["metric"] = checked["metric_float32"]
+        checked |= {"metric": checked["metric_float32"], "distance": 0.0}
     return Decided(forms, because, packed, worth, checked, seconds=seconds)
 
 
@@ -231,14 +234,12 @@ def recorded(net: Net, choosing: Choosing, validation: Validation) -> Decided | 
     if told["forms"].keys() != layers.keys() or any(told["forms"][n] not in options[x] for n, x in layers.items()):
         return None
     forms = {layer: told["forms"][name] for name, layer in layers.items()}
-    reference = validation.metric(session_of(net.model))
-    metric = reference
-    if told["pays"]:
-        metric = validation.metric(session_of(onnx.inserted(*net.final(forms, small=False))))
-    if not quantized_metric_holds(reference, metric, validation.task.direction, _SHARE):
+    judge = Judge(net, validation)
+    judged = judge(forms) if told["pays"] else judge.unchanged
+    if judged.problem:
         return None
     because = dict.fromkeys(forms, "chosen when the trial was measured")
-    checked = {"metric_float32": reference, "metric": metric}
+    checked = judged.told
     return Decided(forms, because, told["packed"], told["pays"], checked, "record")
 
 
@@ -400,22 +401,51 @@ def held_back(
 
     Raises ExportError where it does not hold even so.
     """
-    forms, because = dict(forms), dict(because)
-    reference, direction = validation.metric(session_of(net.model)), validation.task.direction
-
-    def found() -> float:
-        return validation.metric(session_of(onnx.inserted(*net.final(forms, small=False))))
-
-    metric = found()
-    steps = milder(net, forms) if not quantized_metric_holds(reference, metric, direction, _SHARE) else iter(())
-    while not quantized_metric_holds(reference, metric, direction, _SHARE):
+    forms, because, judge = dict(forms), dict(because), Judge(net, validation)
+    judged = judge(forms)
+    steps = milder(net, forms) if judged.problem else iter(())
+    while judged.problem:
         step = next(steps, None)
         if step is None:
-            raise ExportError(f"in 8 bits the metric on validation data is {metric:.6g}, in float32 {reference:.6g}")
+            told = f"{judged.metric:.6g}, in float32 {judged.reference:.6g}"
+            raise ExportError(f"in 8 bits the metric on validation data is {told}")
         forms |= step
-        because |= dict.fromkeys(step, "the metric on validation data fell too far")
-        metric = found()
-    return forms, because, {"metric_float32": reference, "metric": metric}
+        because |= dict.fromkeys(step, judged.problem)
+        judged = judge(forms)
+    return forms, because, judged.told
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The metric on validation data, that of float32, how far outputs are from float32's, and what is wrong if any."""
+
+    metric: float
+    reference: float
+    distance: float
+    problem: str = ""
+
+    @property
+    def told(self) -> dict[str, float]:
+        """As the manifest has it."""
+        return {"metric_float32": self.reference, "metric": self.metric, "distance": self.distance}
+
+
+class Judge:
+    """Whether a net computes what it should with its layers in some forms."""
+
+    def __init__(self, net: Net, validation: Validation) -> None:
+        session = session_of(net.model)
+        self.net, self.validation = net, validation
+        self.reference, self.wanted = validation.metric(session), _outputs(session, net.calls)
+        self.unchanged = Judged(self.reference, self.reference, 0.0)
+
+    def __call__(self, forms: Mapping[Layer, str]) -> Judged:
+        session = session_of(onnx.inserted(*self.net.final(forms, small=False)))
+        metric, far = self.validation.metric(session), distance(_outputs(session, self.net.calls), self.wanted)
+        problem = "the outputs were too far from float32's" if far > FAR else ""
+        if not quantized_metric_holds(self.reference, metric, self.validation.task.direction, _SHARE):
+            problem = "the metric on validation data fell too far"
+        return Judged(metric, self.reference, far, problem)
 
 
 def milder(net: Net, forms: Mapping[Layer, str]) -> Iterator[dict[Layer, str]]:
@@ -430,18 +460,31 @@ def milder(net: Net, forms: Mapping[Layer, str]) -> Iterator[dict[Layer, str]]:
 
 def by_harm(net: Net, forms: Mapping[Layer, str]) -> list[Layer]:
     """The layers that are not float32, the one first without which the outputs come closest to float32's."""
-    call = net.calls[0]
-    wanted = _outputs(session_of(net.model), call)
+    calls = net.calls[:1]
+    wanted = _outputs(session_of(net.model), calls)
 
     def error(tried: Mapping[Layer, str]) -> float:
-        found = _outputs(session_of(onnx.inserted(*net.final(tried, small=False))), call)
-        return float(np.square(found - wanted).mean())
+        return distance(_outputs(session_of(onnx.inserted(*net.final(tried, small=False))), calls), wanted)
 
     return sorted((x for x in forms if forms[x] != "float32"), key=lambda layer: error({**forms, layer: "float32"}))
 
 
-def _outputs(session: Session, call: Named) -> Array:
-    parts = [
-        np.asarray(y, np.float64).reshape(-1) for y in session.run(None, session.feed(call)) if y.dtype.kind == "f"
-    ]
-    return np.concatenate(parts) if parts else np.zeros(1)
+def distance(found: Sequence[Array], wanted: Sequence[Array]) -> float:
+    """The root mean square of the differences over that of what is wanted, less its mean; of several outputs the most.
+
+    An output that is the same throughout counts with its size.
+    """
+    return max((_distance(y, x) for y, x in zip(found, wanted, strict=True)), default=0.0)
+
+
+def _distance(found: Array, wanted: Array) -> float:
+    spread = max(np.square(wanted - wanted.mean()).mean(), 1e-6 * np.square(wanted).mean())
+    missed = np.square(found - wanted).mean()
+    return float(np.sqrt(missed / spread)) if missed else 0.0
+
+
+def _outputs(session: Session, calls: Sequence[Named]) -> list[Array]:
+    """Each float output on all the calls, flat, in float64."""
+    every = [session.run(None, session.feed(call)) for call in calls]
+    parts = [[np.asarray(y, np.float64).reshape(-1) for y in some] for some in zip(*every, strict=True)]
+    return [np.concatenate(some) for some, first in zip(parts, every[0], strict=True) if first.dtype.kind == "f"]
