@@ -517,10 +517,18 @@ def test_layers_take_the_fastest_form_and_the_smallest_of_equals():
         {"static": 0.3, "weights": 0.5, "dynamic": 0.1},
         {"static": 0.1, "weights": 0.101},  # equal: the smaller
     ]
-    found = chosen(groups, STARTS, fake(seconds))
+    found = chosen(groups, STARTS, fake(seconds), beside=10_000)
     assert [choice.form for choice in found] == ["weights", "static", "dynamic", "weights"]
     assert [choice.because for choice in found] == ["fastest"] * 3 + ["smallest, or most exact, of the equally fast"]
     assert set(found[0].seconds) == {"static", "weights", "dynamic"}
+
+
+@pytest.mark.parametrize(("beside", "form"), [(0, "weights"), (100_000, "float32")])
+def test_bytes_count_as_a_share_of_the_file(beside, form):
+    groups = [Group("table", {"float32": 400, "weights": 100})]
+    found = chosen(groups, STARTS, lambda plans: [1.0 if p == ("float32",) else 1.2 for p in plans], beside=beside)
+    assert found[0].form == form
+    assert found[0].because == ("fastest" if beside else "smaller by more than it is slower")
 
 
 def test_neighbours_are_told_from_the_whole_call():

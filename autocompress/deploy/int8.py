@@ -48,7 +48,7 @@ EXAMPLES = 256
 """Training examples that ranges are calibrated on."""
 _SHARE = 0.5
 """Of the tolerance, how far it may fall on validation data, on which the layers are chosen."""
-FAR = 0.1
+FAR = 0.08
 """The distance of outputs from float32's, on calibration inputs, beyond which harmful layers go back to float32: the
 metric of some hundred validation examples does not tell yet what breaks."""
 _BATCH, _VALIDATED = 32, 256
@@ -202,7 +202,7 @@ def measured(net: Net, choosing: Choosing, validation: Validation, module: torch
     groups, members = groups_of(net)
     timer = Timer(net, members, choosing)
     starts = [{"": "static"}, {"": "dynamic"}, {"": "weights"}]
-    choices = chosen(groups, starts, timer) if groups else []
+    choices = chosen(groups, starts, timer, beside=_beside(net)) if groups else []
     forms = {layer: choice.form for choice, part in zip(choices, members, strict=True) for layer in part}
     because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
     seconds = {layer: choice.seconds for choice, part in zip(choices, members, strict=True) for layer in part}
@@ -446,6 +446,12 @@ class Judge:
         if not quantized_metric_holds(self.reference, metric, self.validation.task.direction, _SHARE):
             problem = "the metric on validation data fell too far"
         return Judged(metric, self.reference, far, problem)
+
+
+def _beside(net: Net) -> int:
+    """The bytes of the net's file that are no layer's weights."""
+    weights = {part.name for layer in net.layers for part in layer.weights}
+    return int(net.model.ByteSize()) - sum(len(t.raw_data) for t in net.model.graph.initializer if t.name in weights)
 
 
 def milder(net: Net, forms: Mapping[Layer, str]) -> Iterator[dict[Layer, str]]:
