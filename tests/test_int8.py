@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -517,7 +518,7 @@ def test_layers_take_the_fastest_form_and_the_smallest_of_equals():
         {"static": 0.3, "weights": 0.5, "dynamic": 0.1},
         {"static": 0.1, "weights": 0.101},  # equal: the smaller
     ]
-    found = chosen(groups, STARTS, fake(seconds), beside=10_000)
+    found = chosen(groups, STARTS, fake(seconds), beside=lambda plan: 10_000)
     assert [choice.form for choice in found] == ["weights", "static", "dynamic", "weights"]
     assert [choice.because for choice in found] == ["fastest"] * 3 + ["smallest, or most exact, of the equally fast"]
     assert set(found[0].seconds) == {"static", "weights", "dynamic"}
@@ -526,7 +527,9 @@ def test_layers_take_the_fastest_form_and_the_smallest_of_equals():
 @pytest.mark.parametrize(("beside", "form"), [(0, "weights"), (100_000, "float32")])
 def test_bytes_count_as_a_share_of_the_file(beside, form):
     groups = [Group("table", {"float32": 400, "weights": 100})]
-    found = chosen(groups, STARTS, lambda plans: [1.0 if p == ("float32",) else 1.2 for p in plans], beside=beside)
+    found = chosen(
+        groups, STARTS, lambda plans: [1.0 if p == ("float32",) else 1.2 for p in plans], beside=lambda plan: beside
+    )
     assert found[0].form == form
     assert found[0].because == ("fastest" if beside else "smaller by more than it is slower")
 
@@ -535,7 +538,7 @@ def test_neighbours_are_told_from_the_whole_call():
     """Two layers are fast in 8 bits only together: one alone has to change to and fro."""
     groups = [Group(name, {"static": 1, "weights": 1}) for name in "ab"]
     cost = {("static", "static"): 1.0, ("weights", "weights"): 2.0}
-    found = chosen(groups, STARTS, lambda plans: [cost.get(plan, 3.0) for plan in plans])
+    found = chosen(groups, STARTS, lambda plans: [cost.get(plan, 3.0) for plan in plans], beside=lambda plan: 0)
     assert [choice.form for choice in found] == ["static", "static"]
 
 
@@ -765,3 +768,36 @@ def test_a_distance_is_relative_to_the_spread_of_what_is_wanted():
     assert int8.distance([wanted, wanted + 1], [wanted, wanted]) == pytest.approx(1 / np.sqrt(0.5))
     assert int8.distance([np.full(3, 2.0)], [np.full(3, 2.0)]) == 0
     assert int8.distance([], []) == 0
+
+
+def test_conversions_are_counted_where_forms_change():
+    def count(name, form, sums):
+        net = known(name)[1]
+        forms = {x: sums if x.kind == "add" else form for x in net.layers}
+        return int8.conversions(net.model, forms)
+
+    assert count("residual", "weights", "float32") == 0
+    assert count("residual", "weights", "static") == 2 + 1  # to 8 bits and back
+    floating = count("residual", "static", "float32")
+    assert count("residual", "static", "static") == floating - 3  # between convolutions a sum saves them
+    assert count("words", "dynamic", "static") == count("words", "dynamic", "float32") + 3
+
+
+def test_a_sum_of_equal_time_has_the_form_that_needs_fewer_conversions(tmp_path, monkeypatch):
+    for name, form in (("residual", "static"), ("words", "float32")):
+        task, net = known(name)
+        slow = "weights" if name == "residual" else "static"
+        monkeypatch.setattr(
+            int8.Timer,
+            "__call__",
+            lambda self, plans, slow=slow: [
+                1 + sum(f == slow for f, part in zip(p, self.members, strict=True) if part[0].kind != "add")
+                for p in plans
+            ],
+        )
+        monkeypatch.setattr(int8.Timer, "over", lambda *_: 0.5)
+        monkeypatch.setattr(int8, "quantized_metric_holds", lambda *_: True)
+        monkeypatch.setattr(int8, "FAR", 9.0)
+        validation = SimpleNamespace(metric=lambda _: 1.0, task=task)
+        decided = int8.measured(net, Choosing(), validation, task.model, tmp_path)
+        assert [decided.forms[x] for x in net.layers if x.kind == "add"] == [form]

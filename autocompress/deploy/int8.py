@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -56,6 +56,8 @@ _TURNS = 15
 _TURN_SECONDS = 0.006
 _AS_FAST = 1.03
 """Up to here one of two models is as fast as the other."""
+_CONVERSION = 60
+"""Bytes of a conversion between float32 and 8 bits."""
 _NOT_WORTH = "8 bits save neither time nor bytes in all"
 
 
@@ -202,7 +204,7 @@ def measured(net: Net, choosing: Choosing, validation: Validation, module: torch
     groups, members = groups_of(net)
     timer = Timer(net, members, choosing)
     starts = [{"": "static"}, {"": "dynamic"}, {"": "weights"}]
-    choices = chosen(groups, starts, timer, beside=_beside(net)) if groups else []
+    choices = chosen(groups, starts, timer, beside=_beside(net, members)) if groups else []
     forms = {layer: choice.form for choice, part in zip(choices, members, strict=True) for layer in part}
     because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
     seconds = {layer: choice.seconds for choice, part in zip(choices, members, strict=True) for layer in part}
@@ -322,9 +324,9 @@ def groups_of(net: Net) -> tuple[list[Group], list[list[Layer]]]:
 
 
 def _options(net: Net, part: Sequence[Layer]) -> dict[str, int]:
-    """By form about the bytes of a group's layers; of a sum those of the conversions that it needs in float32."""
+    """By form about the bytes of a group's layers."""
     if part[0].kind == "add":
-        return {"float32": 60 * len(part), "static": 0}
+        return {"float32": 0, "static": 0}
     alone = sum(form.size_bytes for form in net.lone(dict.fromkeys(part, "weights")).values())
     if part[0].kind == "constant":
         return {"weights": alone}
@@ -448,10 +450,27 @@ class Judge:
         return Judged(metric, self.reference, far, problem)
 
 
-def _beside(net: Net) -> int:
-    """The bytes of the net's file that are no layer's weights."""
+def _beside(net: Net, members: Sequence[Sequence[Layer]]) -> Callable[[Plan], int]:
+    """About the bytes of the net's file that are no layer's weights, by plan of the groups' forms."""
     weights = {part.name for layer in net.layers for part in layer.weights}
-    return int(net.model.ByteSize()) - sum(len(t.raw_data) for t in net.model.graph.initializer if t.name in weights)
+    held = sum(len(tensor.raw_data) for tensor in net.model.graph.initializer if tensor.name in weights)
+    nodes = int(net.model.ByteSize()) - held
+    return lambda plan: nodes + _CONVERSION * conversions(net.model, _by_layer(plan, members))
+
+
+def _by_layer(plan: Plan, members: Sequence[Sequence[Layer]]) -> dict[Layer, str]:
+    return {layer: form for form, part in zip(plan, members, strict=True) for layer in part}
+
+
+def conversions(model: Any, forms: Mapping[Layer, str]) -> int:
+    """How many tensors pass between float32 and 8 bits where layers of the form "static" end."""
+    eight = {x for x, form in forms.items() if form == "static" and x.kind in ("conv", "gemm", "matmul", "add")}
+    inside = {node.output[0] for layer in eight for node in layer.nodes}
+    made = {layer.result for layer in eight}
+    read = {name for layer in eight for name in layer.sources}
+    plain = {name for node in model.graph.node if node.output[0] not in inside for name in node.input}
+    plain |= {value.name for value in model.graph.output}
+    return len(read - made) + len(made & plain)
 
 
 def milder(net: Net, forms: Mapping[Layer, str]) -> Iterator[dict[Layer, str]]:

@@ -59,15 +59,15 @@ class Choice:
 
 
 def chosen(
-    groups: Sequence[Group], starts: Sequence[Mapping[str, str]], time: Timer, *, beside: int = 0
+    groups: Sequence[Group], starts: Sequence[Mapping[str, str]], time: Timer, *, beside: Callable[[Plan], int]
 ) -> list[Choice]:
     """The choice of each group: of the least product of time and bytes, so that no form adds more than it saves.
 
     `starts`: uniform plans, each a preferred form by form: a group without the preferred one takes what it has.
-    `beside` are the bytes of a file that no choice changes.
+    `beside(plan)` are the bytes of a file that are no group's.
     """
     plans = list(dict.fromkeys(tuple(_preferred(group, start) for group in groups) for start in starts))
-    sizes = [_bytes(groups, p) + beside for p in plans]
+    sizes = [_bytes(groups, p) + beside(p) for p in plans]
     plan = plans[_best(time(plans), sizes)] if len(plans) > 1 else plans[0]
     choices: list[Choice] = []
     for at, group in enumerate(groups):
@@ -77,7 +77,7 @@ def chosen(
             continue
         tried = [(*plan[:at], form, *plan[at + 1 :]) for form in forms]
         seconds = time(tried)
-        best = _best(seconds, [_bytes(groups, p) + beside for p in tried])
+        best = _best(seconds, [_bytes(groups, p) + beside(p) for p in tried])
         plan = tried[best]
         choices.append(Choice(forms[best], dict(zip(forms, seconds, strict=True)), _reason(best, seconds)))
     return choices
