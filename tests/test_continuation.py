@@ -102,7 +102,7 @@ def test_a_chain_that_fell_behind_is_dropped_for_a_branch_off_the_front():
     assert step.params[RATE] <= 0.5
 
 
-def test_a_branch_begins_where_the_fewest_went_on_then_where_the_gap_is_widest():
+def test_a_branch_begins_below_the_widest_gap_that_the_fewest_branched_into():
     top = {**mild(), RATE: RATES.high}
     trials = [
         seen(1, None, {**mild(), RATE: 1.0}, position=9.0),
@@ -111,9 +111,24 @@ def test_a_branch_begins_where_the_fewest_went_on_then_where_the_gap_is_widest()
         seen(4, 2, top, position=4.8),
         seen(5, 2, top, position=3.0),
     ]
-    assert following(trials, SPACE, 1, 0, 6).parent == 5  # the end of the front, no children
+    assert following(trials, SPACE, 1, 0, 6).parent == 5  # 3.0 to 4.8, no children; 5.0 to 9.0 has three
     trials.append(seen(6, 5, top, running=True, state=False))
-    assert following(trials, SPACE, 1, 0, 7).parent == 4  # between 4.9 and 3.0
+    assert following(trials, SPACE, 1, 0, 7).parent == 2
+    trials += [seen(7, 2, top, position=8.9), seen(8, 7, top, useful=False)]
+    assert following(trials, SPACE, 1, 0, 9).parent == 5  # 5.0 to 8.9 has four children now
+
+
+def test_branches_do_not_gather_at_the_end_of_the_front():
+    """Each branch that lands beside its parent makes the gap there small."""
+    top = {**mild(), RATE: RATES.high}
+    trials = [seen(k, k - 1 or None, top, position=10.0 - k) for k in range(1, 9)]
+    parents = []
+    for number in range(9, 17):
+        step = following(trials, SPACE, 1, 0, number)
+        parents.append(step.parent)
+        beside = next(t for t in trials if t.number == step.parent).position
+        trials.append(seen(number, step.parent, top, position=beside + 0.01))
+    assert len(set(parents)) >= 7
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,10 @@ def check_continuable(space: Space) -> None:
 def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number: int, *, steps: int = STEPS) -> Step:
     """What trial `number` is to be, with that many steps from the lowest price to the highest.
 
-    New chains first, then the next price for the end of a chain that is on the front, else a branch: the
-    front's member from which the fewest trials went on, or of these the one in the widest gap. Where there is none
-    to go on from yet, a beginning somewhere between the lowest and the highest price.
+    New chains first, then the next price for the end of a chain that is on the front, else a branch off the front's
+    member with the widest gap above it, a gap counting the less the more trials went on from there: a branch pays no
+    more than its parent, so its file lies in that gap. Where there is none to go on from yet, a beginning somewhere
+    between the lowest and the highest price.
     """
     rate = _rate_of(space)
     random = Random(f"{seed} {number} continuation")
@@ -97,7 +98,7 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
         first = _beginning(space, rate, len(roots), random)
         return Step({**first, RATE: rate.at(_spread(len(roots) - chains + 1))}, None)
     gaps = _gaps([t.position for t in members])
-    best = min(range(len(members)), key=lambda i: (children[members[i].number], -gaps[i]))
+    best = max(range(len(members)), key=lambda i: gaps[i] / (1 + children[members[i].number]))
     return Step(_varied(space, rate, members[best], random, steps), members[best].number)
 
 
@@ -154,9 +155,8 @@ def _near(knob: Knob, value: float, random: Random) -> float:
 
 
 def _gaps(positions: Sequence[float]) -> list[float]:
-    """How far apart each point's neighbours are; infinite at both ends."""
-    padded = [-math.inf, *positions, math.inf]
-    return [after - before for before, after in zip(padded, padded[2:], strict=False)]
+    """How far above each point the next one lies; of the highest nothing."""
+    return [after - point for point, after in zip(positions, [*positions[1:], positions[-1]], strict=True)]
 
 
 def _ratio(rate: Knob, steps: int) -> float:
