@@ -296,16 +296,18 @@ class Workbench:
         return min(data, container.pack(other, effort), key=len) if self._agree(plain, other) else data
 
     def _agree(self, one: Artifact, other: Artifact) -> bool:
-        """Whether two artifacts compute the same for an example but for rounding."""
+        """Whether two artifacts compute the same for an example but for rounding; not where no output is of floats."""
         inputs = self.example()
         found = []
         for each in (one, other):
             module = artifact.restore(each, self.task.model).to(self.device)
             with torch.no_grad(), preserved(0):
-                found.append(list(float_tensors(call_model(module, inputs))))
-        return all(
-            float((a - b).norm()) <= order.TOLERANCE * float(a.norm()) for a, b in zip(found[0], found[1], strict=True)
-        )
+                found.append([tensor.double() for tensor in float_tensors(call_model(module, inputs))])
+        first, second = found
+        if not first or [a.shape for a in first] != [b.shape for b in second]:
+            return False
+        pairs = zip(first, second, strict=True)
+        return all(float((a - b).norm()) <= order.TOLERANCE * float(a.norm()) for a, b in pairs)
 
     @cached_property
     def _guides(self) -> Any:

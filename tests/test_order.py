@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_trial import fraction
 from test_units import Residual, images, task_of
 from torch import nn
 
+import autocompress as ac
 from autocompress.codec import container
 from autocompress.codec.tensors import Coded
 from autocompress.compress import artifact, order
 from autocompress.compress.apply import compress
+from autocompress.compress.dead_units import Space
 from autocompress.compress.units import Place
 from autocompress.plan import LayerPlan, Plan, Recipe
 from autocompress.trial import Budget, Workbench, run_trial
@@ -189,3 +192,91 @@ def test_a_model_that_cannot_be_traced_keeps_its_order():
     assert F.cross_entropy(
         artifact.restore(container.unpack(outcome.artifact), Branching())(X), images(20, 5)[1]
     ).isfinite()
+
+
+class Normalised(nn.Module):
+    """Two layers whose outputs one normalisation without scale and shift takes, by turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(32, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm = nn.BatchNorm1d(8, affine=False)
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.first(x.flatten(1))))
+        return self.last(torch.relu(self.norm(self.second(y))))
+
+
+def test_units_whose_mean_and_variance_are_also_others_stay(shuffled):
+    bench = Workbench(task_of(Normalised), "cpu")
+    plain = described(bench, {}, bits=4)
+    moved = replace(plain, tensors=order.ordered(plain.tensors, bench.units.wiring))
+    torch.testing.assert_close(outputs(bench, moved), outputs(bench, plain), rtol=1e-4, atol=1e-5)
+    assert shuffled == []
+
+
+def test_groups_of_very_many_units_stay(shuffled, monkeypatch):
+    bench = Workbench(task_of(Wide), "cpu")
+    tensors = described(bench, {}, bits=4).tensors
+    monkeypatch.setattr(order, "MOST_UNITS", 63)
+    assert all(moved is tensors[key] for key, moved in order.ordered(tensors, bench.units.wiring).items())
+    monkeypatch.setattr(order, "MOST_UNITS", 64)
+    order.ordered(tensors, bench.units.wiring)
+    assert shuffled == [64, 64]
+
+
+class Scaled(Wide):
+    """Takes a number beside the examples, a tensor without axes."""
+
+    def forward(self, x, factor):
+        return super().forward(x * factor)
+
+
+def test_inputs_without_axes_do_not_end_a_trial():
+    x, y = images(20, 0)
+    batches = [((x, torch.tensor(2.0)), y)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    model, example = Scaled(), (x[:1], torch.tensor(2.0))
+    task = ac.Task(
+        model, loader, loader, loader, F.cross_entropy, fraction, batch_size=20, name="x", example_inputs=example
+    )
+    bench = Workbench(task, "cpu")
+    plan = Plan({s.name: LayerPlan(bits=4) for s in bench.layers}, Recipe())
+    (outcome,) = run_trial(bench, plan, Budget((0.0,)))
+    assert outcome.measurement.size_bytes > 0
+
+
+class Numbered(Wide):
+    """Gives the most likely class: no output is of floats."""
+
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+class Sums(Wide):
+    """In half precision the norm of these outputs is infinite, and that of no difference is more than that."""
+
+    def forward(self, x):
+        return 6e4 * torch.tanh(100 * super().forward(x))
+
+
+@pytest.mark.parametrize(("model", "dtype"), [(Numbered, torch.float32), (Sums, torch.float16)])
+def test_orders_are_told_apart_only_by_finite_numbers(model, dtype):
+    task = task_of(model)
+    task.model.to(dtype)
+    task = replace(task, train=(X.to(dtype), images(20, 5)[1]), val=(X.to(dtype), images(20, 5)[1]))
+    bench = Workbench(task, "cpu")
+    plain = described(bench, {}, bits=4)
+    weight = plain.tensors["last.weight"]
+    wrong = Coded(weight.symbols[::-1].copy(), weight.table, weight.dtype, weight.grid)
+    assert not bench._agree(plain, replace(plain, tensors={**plain.tensors, "last.weight": wrong}))
+
+
+def test_a_stream_of_very_many_sums_has_one_space():
+    first = stream = Space(4)
+    for _ in range(3000):
+        added = Space(4)
+        added.join(stream)
+        stream = added
+    assert first.root() is stream

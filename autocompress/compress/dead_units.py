@@ -50,7 +50,10 @@ class Space:
 
     def root(self) -> Space:
         """The space that speaks for this one."""
-        return self if self._parent is None else self._parent.root()
+        found = self
+        while found._parent is not None:  # a stream of a thousand sums is a chain of as many
+            found = found._parent
+        return found
 
     def join(self, other: Space) -> None:
         """Make the two one."""

@@ -23,6 +23,8 @@ from autocompress.compress.units import Group, Place, Wiring
 
 MOST = 1 << 20
 """Elements of a file up to which an order is looked for: in larger ones it is worth less than the search."""
+MOST_UNITS = 1 << 12
+"""Units of a group up to which an order is looked for: each is compared with every other, in memory at once."""
 TOLERANCE = 1e-2
 """The relative difference of outputs at which an order is none: additions in another order stay far below."""
 Tensors = Mapping[str, Coded | Raw]
@@ -39,7 +41,8 @@ def is_tried(tensors: Tensors, effort: str) -> bool:
 def ordered(tensors: Tensors, wiring: Wiring) -> dict[str, Coded | Raw]:
     """The tensors of a file with the units of each group in an order that takes fewer bytes; keys in the same order.
 
-    Groups of which no weight is coded stay as they are, and those with a weight whose scales count along the units.
+    Groups of which no weight is coded stay as they are, those of more than `MOST_UNITS`, and those with a weight whose
+    scales count along the units.
     """
     found = dict(tensors)
     for group in wiring.groups:
@@ -47,7 +50,7 @@ def ordered(tensors: Tensors, wiring: Wiring) -> dict[str, Coded | Raw]:
         patterns = [
             pattern for place in places if (pattern := _pattern(found[place.key], place, group.size)) is not None
         ]
-        if not patterns:
+        if not patterns or group.size > MOST_UNITS:
             continue
         order = chained(np.concatenate(patterns, axis=1))
         for place in places:

@@ -210,7 +210,7 @@ def energies(weight: Tensor, inputs: Statistics | None) -> Tensor:
 def wiring_of(model: nn.Module, specs: Sequence[LayerSpec], example: Any) -> Wiring:
     """A model's groups of units; `example` are inputs of one. Raises ExportError where torch.export refuses it."""
     module = copy.deepcopy(model).cpu().eval()
-    args, kwargs = as_call(map_tensors(example, lambda tensor: torch.cat([tensor, tensor]).cpu()))
+    args, kwargs = as_call(map_tensors(example, lambda at: (torch.cat([at, at]) if at.dim() else at).cpu()))
     inputs = kwargs or {str(place): value for place, value in enumerate(args)}
     traced = exported(module, inputs, bool(kwargs)).module()
     assert isinstance(traced, fx.GraphModule)
@@ -313,19 +313,25 @@ class _Graph:
             why = "its units are also those of a weight that is no layer's"
         elif self._joins(space):
             why = "its outputs are added to a concatenation"
-        elif self._shares(layers):
+        elif self._shares(layers, self.beside(layers)):
             why = "a bias or a normalisation is used in several places"
         places = frozenset() if why else self._places(layers)
         return Group(space.size, tuple(known), frozenset(key for key in beside if key), scaled, why, places)
 
     def _places(self, layers: Sequence[Layer]) -> frozenset[Place]:
-        """Where the units of a group stand; none where a tensor is no layer's, or a concatenation reads them."""
+        """Where the units of a group stand; none where a tensor is no layer's, or a concatenation reads them.
+
+        Nor where others read the mean and variance of a normalisation: that of two groups without scale and shift.
+        """
         space = layers[0].outputs.space.root()
         if any(part.units.root() is space for parts in self.found.parts.values() for part in parts):
             return frozenset()
         read = [at for at in self.found.layers.values() if at.inputs.space.root() is space and not at.depthwise]
         rows = [*(at.node.args[1] for at in layers), *self.beside(layers)]
-        rows += [arg for node in self.norms(space) for arg in node.args[3:5]]
+        statistics = {arg for node in self.norms(space) for arg in node.args[3:5] if isinstance(arg, fx.Node)}
+        rows += statistics
+        if self._shares(layers, statistics):
+            return frozenset()
         if any(self.name(layer) is None for layer in read) or any(self.key(node) is None for node in rows):
             return frozenset()
         columns = {Place(self.key(at.node.args[1]) or "", 1, at.inputs.repeat) for at in read}
@@ -335,9 +341,9 @@ class _Graph:
         """Whether a space is also that of a concatenation, whose parts have units of their own."""
         return any(part.whole.root() is space for parts in self.found.parts.values() for part in parts)
 
-    def _shares(self, layers: Sequence[Layer]) -> bool:
-        """Whether what stands beside the rows is read by anything that is none of the group's."""
+    def _shares(self, layers: Sequence[Layer], beside: Iterable[fx.Node]) -> bool:
+        """Whether what stands beside the rows, those nodes, is read by anything that is none of the group's."""
         space = layers[0].outputs.space.root()
         readers = {layer.node for layer in layers} | set(self.norms(space))
-        keys = {self.key(node) for node in self.beside(layers)}
+        keys = {self.key(node) for node in beside}
         return any(user not in readers for node in self.found.tensors if self.key(node) in keys for user in node.users)
