@@ -280,3 +280,15 @@ def test_a_stream_of_very_many_sums_has_one_space():
         added.join(stream)
         stream = added
     assert first.root() is stream
+
+
+def test_outputs_are_near_by_their_spread():
+    wanted = torch.tensor([60000.0, 60004.0, 59996.0, 60001.0], dtype=torch.float64)
+    assert order.is_near(wanted, wanted + 1e-3)
+    assert not order.is_near(wanted, wanted.flip(0))  # a ten-thousandth of their size
+    masked = torch.tensor([-torch.inf, 1.0, 2.0], dtype=torch.float64)
+    assert order.is_near(masked, masked + 1e-6)
+    assert not order.is_near(masked, masked.flip(0))
+    assert not order.is_near(masked, torch.full_like(masked, torch.nan))
+    assert order.is_near(torch.ones(3), torch.ones(3))
+    assert not order.is_near(torch.ones(3), torch.ones(3) + 1e-3)

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from autocompress.codec.container import AUTO
 from autocompress.codec.header import MAX
@@ -26,7 +28,7 @@ MOST = 1 << 20
 MOST_UNITS = 1 << 12
 """Units of a group up to which an order is looked for: each is compared with every other, in memory at once."""
 TOLERANCE = 1e-2
-"""The relative difference of outputs at which an order is none: additions in another order stay far below."""
+"""The difference of outputs, over their spread, at which an order is none: other orders of addition stay far below."""
 Tensors = Mapping[str, Coded | Raw]
 Number = TypeVar("Number", bound=np.generic)
 
@@ -36,6 +38,13 @@ def is_tried(tensors: Tensors, effort: str) -> bool:
     coded = any(isinstance(tensor, Coded) and tensor.symbols.ndim > 1 for tensor in tensors.values())
     elements = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return coded and elements <= MOST and effort in (AUTO, MAX)
+
+
+def is_near(one: Tensor, other: Tensor) -> bool:
+    """Whether outputs are alike but for rounding: their differences, as a share of the spread of the finite ones."""
+    finite = one[one.isfinite()]
+    apart = torch.where(one == other, 0.0, one - other).norm()
+    return float(apart) <= TOLERANCE * float((finite - finite.mean()).norm())
 
 
 def ordered(tensors: Tensors, wiring: Wiring) -> dict[str, Coded | Raw]:
