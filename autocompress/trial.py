@@ -295,9 +295,15 @@ class Workbench:
         other = replace(plain, tensors=moved)
         return min(data, container.pack(other, effort), key=len) if self._agree(plain, other) else data
 
+    @cached_property
+    def _batch(self) -> Any:
+        """Inputs of a training batch, on the device; a loader is asked for it once."""
+        with preserved(0):
+            return next(iter(batches(self.task.train, self.task.batch_size, shuffle_seed=0, device=self.device)))[0]
+
     def _agree(self, one: Artifact, other: Artifact) -> bool:
         """Whether two artifacts compute the same on a batch of training inputs; not where no output is of floats."""
-        inputs, _ = next(iter(batches(self.task.train, self.task.batch_size, shuffle_seed=0, device=self.device)))
+        inputs = self._batch
         found = []
         for each in (one, other):
             module = artifact.restore(each, self.task.model).to(self.device)
