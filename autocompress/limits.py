@@ -42,14 +42,8 @@ def parse_size(text: str | int) -> int:
 
 def parse_time(text: str | float) -> float:
     """Seconds from "90s", "10m", "2h", "600" or a number. Raises UsageError for anything else."""
-    raw = str(text).strip().lower()
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    unit = units.get(raw[-1:], 1.0)
-    try:
-        seconds = float(raw[:-1] if raw[-1:] in units else raw) * unit
-    except ValueError:
-        seconds = float("nan")
-    if not 0 < seconds < float("inf"):
+    seconds, _ = quantity(text, {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0})
+    if not 0 < seconds < math.inf:
         raise UsageError(f"time-budget is {text!r}, allowed: such as 90s, 10m, 2h, more than 0")
     return seconds
 

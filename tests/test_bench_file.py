@@ -1,9 +1,9 @@
 """`bench FILE`: inputs from a graph's own shapes, times, peak memory, MACs, and what is refused."""
 
 import json
-import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,13 +115,22 @@ def test_memory_grows_by_what_a_call_holds(tmp_path):
 
 
 def test_what_was_held_before_does_not_count(tmp_path, capsys):
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("/proc/self/clear_refs, by which Linux forgets a peak, is not there or cannot be written")
     np.savez(tmp_path / "in.npz", **{"arg.x": np.ones((17, 1), np.float32)})
     file = product(tmp_path / "wide.onnx", 1, 1_000_000)
     assert np.ones(40_000_000).sum() == 4e7  # 320 MB that are gone again
     assert memory.main([str(file), str(tmp_path / "in.npz"), "1"]) == 0
-    assert 0.9 * 68e6 < json.loads(capsys.readouterr().out) < 2.2 * 68e6
+    found = json.loads(capsys.readouterr().out)
+    assert found < 2.2 * 68e6
+    assert found > 0.9 * 68e6 or not can_forget()  # else an older peak hides it
+
+
+def can_forget():
+    """Whether the system lets a process forget its peak: Linux does, some containers do not."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def test_a_file_that_does_not_run_there_is_one_line(tmp_path):

@@ -284,3 +284,22 @@ def test_the_mode_of_the_model_does_not_matter():
     assert find_layers(net, lambda m: m(inputs)) == find_layers(twin, lambda m: m(inputs))
     assert net.training
     assert net[1].num_batches_tracked == 0
+
+
+class Adapted(nn.Linear):
+    """A linear layer with an adapter of two layers inside, as finetuning adds them."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(Adapted(20, 30), nn.ReLU(), nn.Linear(30, 20)), Adapted(20, 30)])
+def test_a_layer_with_layers_inside_stays_whole_and_keeps_them(model):
+    found = inventory(model, torch.randn(2, 20))
+    outer = "0" if isinstance(model, nn.Sequential) else ""
+    assert {s.name: s.whole_because for s in found.layers if not s.factorable} == {outer: "it has layers inside"}
+    assert {s.name for s in found.layers} >= {f"{outer}.{name}".lstrip(".") for name in ("down", "up")}

@@ -206,8 +206,12 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
 def _try_factors(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> list[LayerSpec]:
     """The layers, those marked whole whose parent fails when they are two modules instead of one.
 
-    Some modules read a child's weight by themselves (MultiheadAttention, TransformerEncoderLayer).
+    Some modules read a child's weight by themselves (MultiheadAttention, TransformerEncoderLayer). A layer with layers
+    inside (a subclass with adapters) would lose them.
     """
+    holders = {s.name for s in layers if any(o.name != s.name and o.name.startswith(_inside(s.name)) for o in layers)}
+    inside = "it has layers inside"
+    layers = [replace(s, factorable=False, whole_because=inside) if s.name in holders else s for s in layers]
 
     def runs(names: Sequence[str]) -> bool:
         probe = copy.deepcopy(model).eval()
@@ -227,6 +231,10 @@ def _try_factors(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[
     bad = {name for name in free if not runs([name])}
     because = "a parent module reads this weight by itself"
     return [replace(s, factorable=False, whole_because=because) if s.name in bad else s for s in layers]
+
+
+def _inside(path: str) -> str:
+    return f"{path}." if path else ""
 
 
 def _at(model: nn.Module, path: str) -> nn.Module:

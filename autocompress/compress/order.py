@@ -55,11 +55,11 @@ def ordered(tensors: Tensors, wiring: Wiring) -> dict[str, Coded | Raw]:
     """
     found = dict(tensors)
     for group in wiring.groups:
-        places = _in_file(group, found)
+        places = _in_file(group, found) if group.size <= MOST_UNITS else []
         patterns = [
             pattern for place in places if (pattern := _pattern(found[place.key], place, group.size)) is not None
         ]
-        if not patterns or group.size > MOST_UNITS:
+        if not patterns:
             continue
         order = chained(np.concatenate(patterns, axis=1))
         for place in places:
@@ -80,7 +80,7 @@ def chained(nonzero: NDArray[np.bool_]) -> NDArray[np.int64]:
     left[order[0]] = False
     while left.any():
         last = order[-1]
-        best = np.where(alike[last].any() and (alike[last] * left).any(), likeness[last], counts)
+        best = likeness[last] if (alike[last] * left).any() else counts
         order.append(int(np.where(left, best, -np.inf).argmax()))
         left[order[-1]] = False
     return np.array(order)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from autocompress.tasks.task import Task
 
 Array = NDArray[Any]
+Each = TypeVar("Each")
 
 EXAMPLES = 256
 """Training examples that ranges are calibrated on."""
@@ -205,9 +206,9 @@ def measured(net: Net, choosing: Choosing, validation: Validation, module: torch
     timer = Timer(net, members, choosing)
     starts = [{"": "static"}, {"": "dynamic"}, {"": "weights"}]
     choices = chosen(groups, starts, timer, beside=_beside(net, members)) if groups else []
-    forms = {layer: choice.form for choice, part in zip(choices, members, strict=True) for layer in part}
-    because = {layer: choice.because for choice, part in zip(choices, members, strict=True) for layer in part}
-    seconds = {layer: choice.seconds for choice, part in zip(choices, members, strict=True) for layer in part}
+    forms = _by_layer([choice.form for choice in choices], members)
+    because = _by_layer([choice.because for choice in choices], members)
+    seconds = _by_layer([choice.seconds for choice in choices], members)
     forms, because, checked = held_back(net, forms, because, validation)
     small, long = net.final(forms, small=True), net.final(forms, small=False)
     packed = len(small[1]) == len(long[1]) or timer.over(small, long) <= _AS_FAST
@@ -386,7 +387,7 @@ class Timer:
         return a / b
 
     def _loaded(self, plan: Plan) -> Session:
-        forms = {layer: form for form, part in zip(plan, self.members, strict=True) for layer in part}
+        forms = _by_layer(plan, self.members)
         return session_of(self.net.graph(forms))
 
     def _times(self, sessions: Sequence[Session]) -> list[float]:
@@ -458,8 +459,9 @@ def _beside(net: Net, members: Sequence[Sequence[Layer]]) -> Callable[[Plan], in
     return lambda plan: nodes + _CONVERSION * conversions(net.model, _by_layer(plan, members))
 
 
-def _by_layer(plan: Plan, members: Sequence[Sequence[Layer]]) -> dict[Layer, str]:
-    return {layer: form for form, part in zip(plan, members, strict=True) for layer in part}
+def _by_layer(values: Sequence[Each], members: Sequence[Sequence[Layer]]) -> dict[Layer, Each]:
+    """What the groups have, for each of their layers."""
+    return {layer: value for value, part in zip(values, members, strict=True) for layer in part}
 
 
 def conversions(model: Any, forms: Mapping[Layer, str]) -> int:
