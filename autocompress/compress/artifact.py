@@ -22,6 +22,7 @@ from autocompress.compress import architecture, lowrank, ranges
 from autocompress.compress import runtime as runtimes
 from autocompress.compress.calibrate import is_layer
 from autocompress.compress.scales import expanded
+from autocompress.compress.unwrapped import unwrapped
 from autocompress.errors import ArtifactError
 from autocompress.plan import LayerPlan, Plan
 
@@ -131,14 +132,15 @@ def load(
     takes what needs at most 95 % of the dense layer's time. Convolutions are wide or narrow by their images: for them
     an example is better.
 
-    `model`, an instance of the original architecture (its weights do not matter), is needed
-    unless the model is a tree of nn.Sequential and standard layers; it is copied, not changed.
+    `model`, an instance of the original architecture (its weights do not matter; wrapped or not, see `unwrapped`), is
+    needed unless the model is a tree of nn.Sequential and standard layers; it is copied, not changed.
     Large files are decoded in several threads (torch.get_num_threads() of them), a part at a time.
     Raises ArtifactError for a damaged file, a missing or a wrong architecture (named by tensor
     and shape), UsageError for another runtime. Nothing in the file is executed and nothing that it names is imported.
     """
     runtimes.check(runtime, batch)
     source, data = str(path), _bytes_of(path)
+    model = None if model is None else unwrapped(model)
     own = 0 if model is None else sum(tensor.numel() for tensor in unique_state(model).values())
     with _named(path):
         archive = Archive(data, max(container.MAX_ELEMENTS, own))
@@ -154,6 +156,7 @@ def load(
 def restore(artifact: Artifact, model: nn.Module | None = None, source: str = "artifact") -> nn.Module:
     """`load` for an artifact that is decoded already."""
     shapes = {name: tensor.shape for name, tensor in artifact.tensors.items()}
+    model = None if model is None else unwrapped(model)
     module = _ready(_skeleton(artifact.header, shapes, model, source), artifact.tensors)
     fill(module, artifact.tensors)
     return _with_grids(module.eval(), artifact.header, source)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Task:
     """A trained model with its data, loss and metric.
 
+    `model` is held as it is to be deployed (`compress.unwrapped`): normalised and otherwise computed weights as plain
+    ones, compiled and data-parallel modules as what they wrap.
     `train`, `val`, `test`: each a `Dataset` of (input, target), a pair of tensors with examples
     along the first axis, or a `DataLoader`. An input that is a tuple or a mapping is passed to
     the model as `model(*input)` or `model(**input)`. Finetuning uses `train`, choosing uses `val`;
@@ -52,3 +54,11 @@ class Task:
     metric_name: str = ""
     augment: Callable[[Any], Any] | None = None
     finetune: Callable[..., Iterator[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        from torch import nn
+
+        from autocompress.compress.unwrapped import unwrapped
+
+        if isinstance(self.model, nn.Module):
+            object.__setattr__(self, "model", unwrapped(self.model))
