@@ -40,6 +40,7 @@ from autocompress.tasks.batches import (
     call_model,
     evaluate,
     first_batch,
+    first_of,
     is_pair,
     join,
     num_batches,
@@ -123,7 +124,7 @@ class Workbench:
         """Inputs of one example, on the device."""
         inputs = self.task.example_inputs
         if inputs is None:  # a DataLoader gives a whole batch
-            inputs = map_tensors(first_batch(self.task.val, 1)[0], lambda tensor: tensor[:1])
+            inputs = first_of(first_batch(self.task.val, 1)[0])
         return to_device(inputs, self.device)
 
     def svd(self, spec: LayerSpec, scheme: str) -> lowrank.Svd:

@@ -332,6 +332,11 @@ class OnlyEvaluates(nn.Linear):
         return super().forward(x)
 
 
+def of_batches() -> nn.Module:
+    """A net that normalises by the batch at hand: one example has no variance."""
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+
+
 SAME = pair(9, 5)
 TENSOR = torch.zeros(9, 3)
 
@@ -349,6 +354,7 @@ TENSOR = torch.zeros(9, 3)
         ({"name": ""}, "name is ''"),
         ({"example_inputs": torch.ones(2, 3)}, "example_inputs is a float32 tensor of shape (2, 3), allowed: a tuple"),
         ({"example_inputs": (torch.ones(2, 4),)}, "model fails on example_inputs"),
+        ({"model": of_batches()}, "model fails on a single example of val, float32 tensor of shape (1, 3): ValueError"),
         ({"train": 3}, "train is 3, allowed: a Dataset"),
         ({"val": np.zeros((3, 3))}, "val is a float64 ndarray of shape (3, 3), allowed: a Dataset"),
         ({"test": (torch.zeros(3, 3), np.zeros(3))}, "test is a tuple of ("),

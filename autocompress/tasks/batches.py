@@ -56,6 +56,11 @@ def first_batch(data: Any, batch_size: int) -> Batch:
     raise TaskError("data is empty, allowed: at least one example")
 
 
+def first_of(inputs: Any) -> Any:
+    """The inputs of a batch's first example."""
+    return map_tensors(inputs, lambda tensor: tensor[:1] if tensor.dim() else tensor)
+
+
 def num_examples(data: Any) -> int | None:
     """The number of examples, None where the data does not tell it."""
     if is_pair(data):

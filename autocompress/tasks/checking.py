@@ -20,6 +20,7 @@ from autocompress.tasks.batches import (
     call_model,
     finite_metric,
     first_batch,
+    first_of,
     is_pair,
     loss_name,
     model_device,
@@ -52,7 +53,7 @@ def check_task(task: Task) -> None:
         parts = {split: to_device(_peek(task, split), device) for split in SPLITS}
         outputs = _check_step(task, model.eval(), parts["val"], "val")
         _check_metric(task, outputs, parts["val"][1])
-        _check_example_inputs(task, model)
+        _check_example(task, model, parts["val"][0])
         _check_step(task, model.train(), _augmented(task, parts["train"]), "train", augmented=task.augment is not None)
 
 
@@ -170,15 +171,16 @@ def _check_metric(task: Task, outputs: Any, targets: Any) -> None:
         raise TaskError(f"task {task.name!r}: {error}") from error
 
 
-def _check_example_inputs(task: Task, model: nn.Module) -> None:
-    if task.example_inputs is None:
-        return
+def _check_example(task: Task, model: nn.Module, inputs: Any) -> None:
+    """Whether the model takes `example_inputs`, or without them a single one of the inputs: such a call is exported."""
+    own = task.example_inputs
+    given = first_of(inputs) if own is None else to_device(own, model_device(model))
     try:
         with torch.no_grad():
-            model(*to_device(task.example_inputs, model_device(model)))
+            call_model(model, given)
     except Exception as error:
-        given = describe(task.example_inputs)
-        raise TaskError(f"task {task.name!r}: model fails on example_inputs, {given}: {one_line(error)}") from error
+        what = "a single example of val" if own is None else "example_inputs"
+        raise TaskError(f"task {task.name!r}: model fails on {what}, {describe(given)}: {one_line(error)}") from error
 
 
 def _require(fits: bool, where: str, field: str, value: Any, allowed: str) -> None:
