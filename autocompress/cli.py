@@ -309,11 +309,12 @@ def _resume(options: argparse.Namespace) -> int:
 
 def _run_search(options: argparse.Namespace, search: Callable[..., Any]) -> int:
     """Search with the board on the terminal; name the best points, how to look and how to export."""
+    from autocompress.limits import parse_time
     from autocompress.terminal import Board, coverage_table, preflight_lines
 
     console = _console()
     names: list[str] = []
-    board = Board(console)
+    board = Board(console, None if options.time_budget is None else parse_time(options.time_budget))
 
     def show(name: str, found: Any) -> None:
         names.append(name)

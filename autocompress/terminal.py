@@ -99,10 +99,13 @@ def _sum(rows: Sequence[CoverageRow], what: str) -> CoverageRow:
 
 
 class Board:
-    """A `session.Listener` that shows the search: live where the console is a terminal."""
+    """A `session.Listener` that shows the search: live where the console is a terminal.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    `budget` are the seconds that it may take, where they are limited.
+    """
+
+    def __init__(self, console: Console, budget: float | None = None) -> None:
+        self.console, self.budget = console, budget
         self.live: Any = None
         self._began = time.monotonic()
         self._rows: dict[int, str] = {}
@@ -183,8 +186,11 @@ class Board:
         mine = len(self._ended) - 1
         if mine < 2 or done >= asked:
             return ""
-        rate = (time.monotonic() - self._first_done) / mine  # not from the start, when workers were still starting
-        return f", {human_time(rate * (asked - done))} left"
+        now = time.monotonic()
+        left = (now - self._first_done) / mine * (asked - done)  # not from the start, when workers were still starting
+        if self.budget is not None:
+            left = max(0.0, min(left, self._began + self.budget - now))
+        return f", {human_time(left)} left"
 
     def _render(self) -> RenderableType:
         from rich.console import Group

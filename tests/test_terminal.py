@@ -42,3 +42,19 @@ def test_on_a_terminal_a_step_is_gone_with_the_next_and_stands_in_the_table(show
             board.console.print(board._render())
         assert "starting Ray" in seen.get()
     board.__exit__()  # as the command line does, whether it was entered or not
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [(None, ", 10 min 0 s left"), (90.0, ", 30 s left"), (20.0, ", 0 s left"), (5000.0, ", 10 min 0 s left")],
+)
+def test_what_is_left_is_no_more_than_the_time_budget(shown, monkeypatch, budget, said):
+    clock = [1000.0]
+    monkeypatch.setattr("autocompress.terminal.time.monotonic", lambda: clock[0])
+    board = Board(Console(file=shown, width=100), budget)
+    with board:
+        board._first_done = 1000.0
+        board._ended = [None] * 4  # the uncompressed model and three trials of 20 s
+        clock[0] = 1060.0
+        assert board._left(10, 40) == said
+        assert board._left(40, 40) == ""
