@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Protocol
 
 from autocompress.engine import Job
@@ -108,7 +109,7 @@ class Session:
         """
         self.note_homes()
         while not (self.late and self.record.trials):
-            proposal = self.store.propose(self._states())
+            proposal = self.store.propose(self._states(), self._expected())
             if proposal is None:
                 return None
             self._record = None
@@ -171,6 +172,14 @@ class Session:
         _drop(self.records.artifact(study, "x").parent, {artifact_name(number) for number in kept})
         parents = {t.parent for t in self.record.trials if t.parent is not None and t.state == "running"}
         _drop(self.records.state(study, 0).parent, {self.records.state(study, n).name for n in kept | parents})
+
+    def _expected(self) -> int | None:
+        """How many trials there will be at the end of the time budget, if they take as long as the last ones did."""
+        took = [t.seconds for t in self.record.trials if t.number and t.state == "complete"][-2 * self.store.workers :]
+        if self.deadline is None or not took:
+            return None
+        left = max(0.0, self.deadline - time.monotonic())
+        return len(self.record.trials) + max(1, int(left * self.store.workers / max(mean(took), 1e-3)))
 
     def _states(self) -> frozenset[int]:
         """The trials whose states are kept."""

@@ -343,4 +343,28 @@ def test_few_trials_reach_the_highest_price_too(trials, chains, steps):
 def test_a_short_chain_goes_from_the_lowest_price_to_the_highest(tmp_path, local, one_thread):  # noqa: F811
     record = searched(tmp_path, 5, sampler="continuation", workers=1).record
     prices = [t.plan.recipe.rate for t in record.trials[1:]]
-    assert prices == pytest.approx([0.1 * 120 ** (i / 3) for i in range(4)])
+    assert prices == pytest.approx([0.1 * 250 ** (i / 3) for i in range(4)])
+
+
+@pytest.mark.parametrize(("expected", "chains"), [(3, 1), (5, 2), (9, 2), (13, 3), (25, 2)])
+def test_chains_reach_the_highest_price_in_the_trials_that_time_allows(expected, chains):
+    """Of trials 1 to expected - 1, with one that was expected from the second on, when the first has told its time."""
+    trials, running = [], []
+    for number in range(1, expected):
+        step = following([*trials, *running], SPACE, chains, 0, number, expected=expected if number > chains else None)
+        running.append(seen(number, step.parent, step.params, running=True, state=False))
+        if len(running) == chains:
+            done = running.pop(0)
+            trials.append(seen(done.number, done.parent, done.params))
+    highest = max(t.params[RATE] for t in [*trials, *running])
+    assert highest == pytest.approx(RATES.high)
+
+
+def test_time_that_suffices_changes_no_step():
+    low = {**mild(), RATE: RATES.low}
+    trials = [seen(1, None, low), seen(2, None, low)]
+    usual = following(trials, SPACE, 2, 0, 3)
+    assert following(trials, SPACE, 2, 0, 3, expected=2 * STEPS + 1) == usual
+    short = following(trials, SPACE, 2, 0, 3, expected=2 * STEPS - 1)
+    assert short.params[RATE] > usual.params[RATE]
+    assert following(trials, SPACE, 2, 0, 3, expected=0).params[RATE] == pytest.approx(RATES.high)

@@ -72,8 +72,19 @@ def check_continuable(space: Space) -> None:
     _rate_of(space)
 
 
-def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number: int, *, steps: int = STEPS) -> Step:
+def following(
+    seen: Sequence[Seen],
+    space: Space,
+    chains: int,
+    seed: int,
+    number: int,
+    *,
+    steps: int = STEPS,
+    expected: int | None = None,
+) -> Step:
     """What trial `number` is to be, with that many steps from the lowest price to the highest.
+
+    Steps are wider where no more than `expected` trials in all will have begun and chains would not rise to their end.
 
     New chains first, then the next price for the end of a chain that is on the front, else a branch off the front's
     member with the widest gap above it, a gap counting the less the more trials went on from there: a branch pays no
@@ -93,7 +104,10 @@ def following(seen: Sequence[Seen], space: Space, chains: int, seed: int, number
     ends = [t for t in members if not children[t.number] and t.params[RATE] < rate.high * (1 - 1e-9)]
     if ends:
         end = max(ends, key=lambda t: t.number)
-        return Step({**end.params, RATE: rate.clip(end.params[RATE] * _ratio(rate, steps))}, end.number)
+        ratio = _ratio(rate, steps)
+        if expected is not None:
+            ratio = max(ratio, (rate.high / end.params[RATE]) ** (1 / max(1, math.ceil((expected - number) / chains))))
+        return Step({**end.params, RATE: rate.clip(end.params[RATE] * ratio)}, end.number)
     if not members:
         first = _beginning(space, rate, len(roots), random)
         return Step({**first, RATE: rate.at(_spread(len(roots) - chains + 1))}, None)

@@ -178,10 +178,11 @@ class StudyStore:
                 self._memory.add_trial(trial)
         self._open: dict[int, optuna.Trial] = {}
 
-    def propose(self, states: Collection[int] = ()) -> Proposal | None:
+    def propose(self, states: Collection[int] = (), expected: int | None = None) -> Proposal | None:
         """The next trial, noted on disk as running; None when `asked` are there or no new plan is left.
 
-        `states`: the trials whose state is at hand, so that others can go on from them.
+        `states`: the trials whose state is at hand, so that others can go on from them. `expected`: how many trials
+        there will be in all, where time may end before `asked` are there.
         """
         if self._waiting:
             trial = self._waiting.pop(0)
@@ -192,7 +193,7 @@ class StudyStore:
         if number == 0:
             found: _Found | None = self._baseline()
         elif self.settings.sampler == CONTINUATION or number <= self.settings.sweep:
-            found = self._continued(states)
+            found = self._continued(states, expected)
         else:
             found = self._uniform() or self._sampled(states)
         if found is None:
@@ -319,7 +320,7 @@ class StudyStore:
                 return _Found(plan, params, "ladder")
         return None
 
-    def _continued(self, states: Collection[int]) -> _Found:
+    def _continued(self, states: Collection[int], expected: int | None) -> _Found:
         """The next trial of a search by continuation; a plan may come again, from another state."""
         record = self.record()
         metrics = {t.number: record.objectives(t.best)[1] for t in record.measured if t.best}
@@ -340,8 +341,11 @@ class StudyStore:
             for t in record.trials
             if t.number
         ]
-        chains = self.settings.chains or self.workers
-        step = following(seen, self._space, chains, self.settings.seed, len(record.trials), steps=self.settings.chain)
+        s, number = self.settings, len(record.trials)
+        if expected is not None and s.sampler != CONTINUATION:
+            expected = min(expected, s.sweep + 1)
+        chains = s.chains or self.workers
+        step = following(seen, self._space, chains, s.seed, number, steps=s.chain, expected=expected)
         return _Found(self._space.plan(step.params, self.settings.epochs), step.params, CONTINUATION, None, step.parent)
 
     def _sampled(self, states: Collection[int]) -> _Found | None:
