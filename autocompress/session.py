@@ -175,7 +175,8 @@ class Session:
 
     def _expected(self) -> int | None:
         """How many trials there will be at the end of the time budget, if they take as long as the last ones did."""
-        took = [t.seconds for t in self.record.trials if t.number and t.state == "complete"][-2 * self.store.workers :]
+        ended = [t for t in self.record.trials if t.number and t.state == "complete"]
+        took = [t.measurements[-1].seconds for t in ended[-2 * self.store.workers :]]  # without a worker's start
         if self.deadline is None or not took:
             return None
         left = max(0.0, self.deadline - time.monotonic())

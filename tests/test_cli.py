@@ -570,3 +570,19 @@ def test_a_reader_that_goes_away_is_no_error(work):
         env=os.environ,
     )
     assert shown.stderr == ""
+
+
+@pytest.mark.parametrize(("given", "seconds"), [((), None), (("--time-budget", "2m"), 120.0)])
+def test_the_board_knows_the_time_budget(work, monkeypatch, given, seconds):
+    from autocompress import terminal
+
+    class Noted(Exception):
+        pass
+
+    def board(_, budget):
+        raise Noted(budget)
+
+    monkeypatch.setattr(terminal, "Board", board)
+    with pytest.raises(Noted) as noted:
+        cli.main(search(*given))
+    assert noted.value.args == (seconds,)

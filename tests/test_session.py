@@ -339,3 +339,32 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
 
 def test_the_layers_of_the_study_are_those_of_the_task(tmp_path):
     assert session(tmp_path).record.layers == SPECS
+
+
+def test_how_many_trials_there_will_be(tmp_path, monkeypatch):
+    """By the seconds that complete trials told of themselves, two at a time; those of starting workers do not count."""
+    clock = [1000.0]
+    monkeypatch.setattr("autocompress.session.time.monotonic", lambda: clock[0])
+    made = session(tmp_path, deadline=1100.0)
+    given = []
+    propose = made.store.propose
+    monkeypatch.setattr(made.store, "propose", lambda states, expected: given.append(expected) or propose(states))
+    for _ in range(5):
+        made.next()
+    give(made, 0, (1000, 0.9))
+    clock[0] = 1040.0  # what workers took to start
+    give(made, 1, error="loss is nan")
+    made.next()
+    assert given == [None] * 6  # neither the uncompressed model nor a failure tells how long a trial takes
+    made.measured(2, replace(rung(0, 500, 0.8), seconds=4.0), b"", True)
+    made.ended(2, None)
+    made.measured(3, replace(rung(0, 400, 0.7), seconds=8.0), b"", True)
+    made.ended(3, None)
+    made.next()
+    assert given[-1] == 6 + 2 * 60 / 6
+    clock[0] = 1099.0
+    made.next()
+    assert given[-1] == 7 + 1
+    made.deadline = None
+    made.next()
+    assert given[-1] is None

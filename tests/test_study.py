@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -443,6 +444,23 @@ def test_continuation_goes_on_while_the_baseline_runs_and_after_it_failed(tmp_pa
     store.finish(1, [Measurement(0, 2.0, 900, 0.9, 10, 0.1)], state="complete", sha256="1")
     proposal = store.propose(states=[1])
     assert (proposal.number, proposal.parent) == (3, 1)
+
+
+@pytest.mark.parametrize(("sampler", "all_of_them"), [("continuation", 40), ("tpe", 13)])
+def test_a_sweep_rises_faster_only_where_time_ends_before_it(tmp_path, sampler, all_of_them):
+    def price(expected):
+        folder = tmp_path / str(expected)
+        folder.mkdir()
+        made = replace(settings(sampler=sampler, space="continuation", steps=0), chains=1, chain=12, sweep=12)
+        store = begin(StudyStore.create(folder / "study.db", made), 40)
+        store.propose(), store.propose()
+        store.finish(1, [Measurement(0, 2.0, 900, 0.9, 10, 0.1)], state="complete", sha256="1")
+        return store.propose(states=[1], expected=expected).plan.recipe.rate
+
+    usual = price(None)
+    assert price(all_of_them) == price(10 * all_of_them) == usual
+    assert price(6) > 2 * usual
+    assert price(2) == pytest.approx(25)
 
 
 def test_a_study_on_a_disk_that_is_read_only_is_shown(tmp_path, monkeypatch):

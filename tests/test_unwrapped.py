@@ -168,6 +168,129 @@ def test_a_task_compresses_and_loads_it(way: str, tmp_path: Path) -> None:
     assert replace(task, name="again").model is task.model
 
 
+class Deep(nn.Module):
+    """Wrapped modules far inside, one of them in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.DataParallel(parametrizations.weight_norm(nn.Linear(6, 6)))
+        blocks = [nn.ModuleDict({"mix": shared, "norm": pruned(nn.Linear(6, 6))}) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.relu(block["norm"](block["mix"](x)))
+        return x
+
+
+def test_wrapped_modules_far_inside() -> None:
+    torch.manual_seed(0)
+    model = Deep()
+    found = unwrapped(model)
+    assert {type(m) for m in found.modules()} == {Deep, nn.ModuleList, nn.ModuleDict, nn.Linear}
+    assert found.blocks[0]["mix"] is found.blocks[1]["mix"]
+    inputs = torch.randn(4, 6)
+    torch.testing.assert_close(found(inputs), model(inputs))
+
+
+def test_a_mask_on_one_of_two_tied_weights_stays_on_that_one() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"table": nn.Embedding(10, 6), "head": nn.Linear(6, 10, bias=False)})
+    model["head"].weight = model["table"].weight
+    table = model["table"].weight.detach().clone()
+    prune.l1_unstructured(model["head"], "weight", 0.5)
+    found = unwrapped(model)
+    assert torch.equal(found["table"].weight, table)
+    assert torch.equal(found["head"].weight, model["head"].weight)
+    assert torch.equal(model["table"].weight, table)
+
+
+@pytest.mark.parametrize("way", ["parametrized weight_norm", "pruned"])
+def test_tied_weights_stay_tied(way: str) -> None:
+    torch.manual_seed(0)
+    one, other = nn.Linear(5, 5), nn.Linear(5, 5)
+    other.weight = one.weight
+    if way == "pruned":
+        mask = torch.rand(5, 5) > 0.5
+        for layer in (one, other):
+            prune.custom_from_mask(layer, "weight", mask)
+    else:
+        one, other = WAYS[way](one), WAYS[way](other)
+        other.parametrizations["weight"] = one.parametrizations["weight"]
+    found = unwrapped(nn.Sequential(one, other))
+    assert found[0].weight is found[1].weight
+    assert found[0].bias is not found[1].bias
+    assert torch.equal(found[0].weight, one.weight)
+
+
+def test_parametrized_recurrent_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.GRU(3, 5)
+    parametrizations.weight_norm(model, "weight_hh_l0")
+    with torch.no_grad():
+        model.parametrizations.weight_hh_l0.original0.mul_(1.5)
+    inputs = torch.randn(4, 2, 3)
+    expected = model(inputs)[0]
+    found = unwrapped(model)
+    assert type(found) is nn.GRU
+    torch.testing.assert_close(found(inputs)[0], expected)
+    torch.testing.assert_close(model(inputs)[0], expected)
+
+
+def test_a_buffer_stays_a_buffer() -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("shift", torch.zeros(3))
+    parametrize.register_parametrization(model, "shift", nn.Softplus())
+    found = unwrapped(model)
+    assert [name for name, _ in found.named_buffers()] == ["shift"]
+    assert found.shift.tolist() == pytest.approx([0.6931472] * 3)
+
+
+def test_a_weight_is_frozen_where_all_it_comes_from_is() -> None:
+    model = parametrizations.weight_norm(nn.Linear(3, 3))
+    model.parametrizations.weight.original0.requires_grad_(False)
+    assert unwrapped(model).weight.requires_grad
+
+
+@pytest.mark.parametrize("prepared", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_masks_over_normalised_weights_never_end_in_an_error(prepared: Callable[[nn.Module], nn.Module]) -> None:
+    model = prepared(nn.Linear(4, 4))
+    name = "weight_v" if prepared is nn.utils.weight_norm else "weight_orig"
+    prune.l1_unstructured(model, name, 0.5)
+    found = unwrapped(model)
+    inputs = torch.randn(3, 4)
+    assert found is model or torch.allclose(found.eval()(inputs), model.eval()(inputs), equal_nan=True)
+
+
+def test_names_like_those_of_wrappers_are_no_wrappers() -> None:
+    class OptimizedModule(nn.Linear):
+        pass
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parametrizations = nn.ModuleDict({"a": nn.Linear(2, 2)})
+
+    for model in (OptimizedModule(2, 2), nn.Sequential(OptimizedModule(2, 2)), Own(), nn.Sequential(Own())):
+        assert unwrapped(model) is model
+
+
+def test_averaged_weights_are_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert unwrapped(averaged) is averaged.module
+
+
+def test_a_copy_does_not_call_the_original() -> None:
+    model = parametrizations.weight_norm(nn.Linear(3, 3))
+    model.compile(backend="eager")
+    found = unwrapped(model)
+    with torch.no_grad():
+        found.weight.zero_()
+        found.bias.zero_()
+    assert not found(torch.ones(1, 3)).any()
+
+
 def test_a_parametrization_of_ones_own() -> None:
     class Symmetric(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:

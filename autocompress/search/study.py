@@ -342,8 +342,8 @@ class StudyStore:
             if t.number
         ]
         s, number = self.settings, len(record.trials)
-        if expected is not None and s.sampler != CONTINUATION:
-            expected = min(expected, s.sweep + 1)
+        if expected is not None and expected >= (self.asked if s.sampler == CONTINUATION else s.sweep + 1):
+            expected = None  # there is time for all
         chains = s.chains or self.workers
         step = following(seen, self._space, chains, s.seed, number, steps=s.chain, expected=expected)
         return _Found(self._space.plan(step.params, self.settings.epochs), step.params, CONTINUATION, None, step.parent)

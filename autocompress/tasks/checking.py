@@ -179,8 +179,13 @@ def _check_example(task: Task, model: nn.Module, inputs: Any) -> None:
         with torch.no_grad():
             call_model(model, given)
     except Exception as error:
-        what = "a single example of val" if own is None else "example_inputs"
-        raise TaskError(f"task {task.name!r}: model fails on {what}, {describe(given)}: {one_line(error)}") from error
+        what, how = (
+            ("a single example of val", "; give example_inputs that it takes")
+            if own is None
+            else ("example_inputs", "")
+        )
+        said = f"model fails on {what}, {describe(given)}: {one_line(error)}{how}"
+        raise TaskError(f"task {task.name!r}: {said}") from error
 
 
 def _require(fits: bool, where: str, field: str, value: Any, allowed: str) -> None:
