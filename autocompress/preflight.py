@@ -26,8 +26,8 @@ _CONTENTION = 1.25
 _WARM, _TIMED = 2, 6
 PATIENCE = 4
 """How much more finetuning than others a trial of a continuation gets: each is a step on one long way."""
-MOST_EPOCHS = 30.0
-"""Of a trial, to fill a time budget: more for each step of a continuation buys little."""
+MOST_STEPS = 5000
+"""Of a trial, or an epoch where that is more, to fill a time budget: beyond it more trials buy more."""
 _FILLED = 0.9
 """Of a time budget that trials are to fill."""
 
@@ -206,7 +206,7 @@ def filling(
 ) -> tuple[int, float] | None:
     """Trials of a continuation, and epochs of finetuning for each, that take about `seconds`.
 
-    So many trials, with 100 steps to `MOST_EPOCHS` epochs each; where these are over too early, more trials if
+    So many trials, with 100 to `MOST_STEPS` steps each; where these are over too early, more trials if
     `more`. None where a step cannot be measured: what is wrong is then told by the preflight.
     """
     try:
@@ -218,9 +218,9 @@ def filling(
     slowed = _CONTENTION if workers > 1 else 1.0
     left = (_FILLED * seconds - STARTUP_SECONDS - 8 * fixed) / slowed
     epoch = step * bench.steps_per_epoch
-    least = 100 / bench.steps_per_epoch
-    epochs = max(least, min(MOST_EPOCHS, (left / math.ceil(trials / workers) - fixed) / epoch))
-    fitting = workers * int(left / (MOST_EPOCHS * epoch + fixed)) if more and epochs == MOST_EPOCHS else 0
+    least, most = 100 / bench.steps_per_epoch, max(1.0, MOST_STEPS / bench.steps_per_epoch)
+    epochs = max(least, min(most, (left / math.ceil(trials / workers) - fixed) / epoch))
+    fitting = workers * int(left / (most * epoch + fixed)) if more and epochs == most else 0
     return max(trials, fitting), epochs
 
 

@@ -1,6 +1,7 @@
 """Continuation: chains that rise, branches off the front, resumed as if never stopped; and whose state is handed on."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -368,3 +369,21 @@ def test_time_that_suffices_changes_no_step():
     short = following(trials, SPACE, 2, 0, 3, expected=2 * STEPS - 1)
     assert short.params[RATE] > usual.params[RATE]
     assert following(trials, SPACE, 2, 0, 3, expected=0).params[RATE] == pytest.approx(RATES.high)
+
+
+def test_the_price_rises_in_double_steps_while_nothing_is_lost():
+    low = {**mild(), RATE: 0.5}
+    usual = following([seen(1, None, low)], SPACE, 1, 0, 2).params[RATE] / 0.5
+    lossless = replace(seen(1, None, low), lossless=True)
+    assert following([lossless], SPACE, 1, 0, 2).params[RATE] == pytest.approx(0.5 * usual**2)
+    high = replace(lossless, params={**low, RATE: RATES.high / usual})
+    assert following([high], SPACE, 1, 0, 2).params[RATE] == pytest.approx(RATES.high)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "worst"),
+    [(-0.9, -0.8991), (-0.5, -0.4995), (0.2, 0.201), (0.0, 0.0)],  # a score, a correlation, a loss, one of zero
+)
+def test_what_counts_as_no_loss(baseline, worst):
+    useful = continuation.worst_useful(baseline, [])
+    assert continuation.worst_lossless(baseline, useful) == pytest.approx(worst)

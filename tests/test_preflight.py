@@ -103,18 +103,21 @@ def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
     assert spent == pytest.approx(0.9 * 3000)
     assert epochs(3000) < epochs(3000, workers=2) < 2 * epochs(3000) + 1
     assert epochs(1) == pytest.approx(1.0)
-    assert epochs(1e6) == preflight.MOST_EPOCHS
+    assert epochs(1e6) == preflight.MOST_STEPS / 100
+    monkeypatch.setattr(bench, "steps_per_epoch", 2 * preflight.MOST_STEPS)
+    assert epochs(1e6) == 1.0
 
 
 def test_a_long_time_budget_gets_more_trials(bench, monkeypatch):
     space = load_space("continuation", bench.layers)
     monkeypatch.setattr(bench, "steps_per_epoch", 100)
     monkeypatch.setattr(preflight, "_costs", lambda *_: (0.5, 2.0))
-    one = preflight.MOST_EPOCHS * 100 * 0.5 + 2.0  # seconds of the longest trial
+    most = preflight.MOST_STEPS / 100
+    one = most * 100 * 0.5 + 2.0  # seconds of the longest trial
     way = {"trials": 10, "workers": 2, "threads": 1, "more": True}
     for seconds in (1000, 1e4, 1e5):
         trials, epochs = preflight.filling(bench, space, seconds=seconds, **way)
-        assert (trials > 10) == (epochs == preflight.MOST_EPOCHS) == (seconds > 1e4)
+        assert (trials > 10) == (epochs == most) == (seconds > 5e4)
     spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 1.25 * trials / 2 * one  # of the last
     assert 0.9 * 1e5 - 1.25 * one < spent <= 0.9 * 1e5
 

@@ -463,6 +463,31 @@ def test_a_sweep_rises_faster_only_where_time_ends_before_it(tmp_path, sampler, 
     assert price(2) == pytest.approx(25)
 
 
+@pytest.mark.parametrize(
+    ("direction", "baseline", "metric", "double"),
+    [
+        ("maximize", 0.95, 0.95, True),
+        ("maximize", 0.95, 0.9491, True),
+        ("maximize", 0.95, 0.9489, False),
+        ("minimize", 0.2, 0.19, True),
+        ("minimize", 0.2, 0.2009, True),
+        ("minimize", 0.2, 0.2011, False),
+        ("maximize", None, 0.95, False),
+    ],
+)
+def test_a_chain_that_lost_nothing_takes_a_double_step(tmp_path, direction, baseline, metric, double):
+    made = settings(direction, sampler="continuation", space="continuation", steps=0)
+    store = begin(StudyStore.create(tmp_path / "study.db", replace(made, chains=1, chain=12)), 40)
+    store.propose(), store.propose()
+    if baseline is None:
+        store.finish(0, [], state="failed", error="the worker process died")
+    else:
+        store.finish(0, [Measurement(0, 0.0, 6500, baseline, 10, 0.1)], state="complete", sha256="0")
+    store.finish(1, [Measurement(0, 2.0, 900, metric, 10, 0.1)], state="complete", sha256="1")
+    rate = store.propose(states=[1]).plan.recipe.rate
+    assert rate == pytest.approx(0.1 * 250 ** ((2 if double else 1) / 11))
+
+
 def test_a_study_on_a_disk_that_is_read_only_is_shown(tmp_path, monkeypatch):
     """As SQLite refuses it there: neither the file nor those beside it can be made or locked."""
     file = tmp_path / "study.db"

@@ -29,6 +29,7 @@ class Seen:
     """A trial so far: its parameters and parent, whether it runs, is worth going on from, and has a state to do so.
 
     `position` is the logarithm of its size. One that failed counts too, as neither: what failed is not tried again.
+    `lossless`: its metric is as good as the uncompressed model's (`worst_lossless`).
     """
 
     number: int
@@ -38,6 +39,7 @@ class Seen:
     useful: bool
     open: bool
     position: float
+    lossless: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ def worst_useful(baseline: float, compressed: Iterable[float]) -> float:
     if baseline < 0:
         return baseline * (1 - _SCORE)
     return max(baseline, min(compressed, default=baseline)) * (1 + _LOSS)
+
+
+def worst_lossless(baseline: float, useful: float) -> float:
+    """The worst metric that counts as no loss, given the worst one that is useful: a hundredth of the way there."""
+    return baseline + (useful - baseline) / 100
 
 
 def is_continuable(space: Space) -> bool:
@@ -104,7 +111,7 @@ def following(
     ends = [t for t in members if not children[t.number] and t.params[RATE] < rate.high * (1 - 1e-9)]
     if ends:
         end = max(ends, key=lambda t: t.number)
-        ratio = _ratio(rate, steps)
+        ratio = _ratio(rate, steps) ** (2 if end.lossless else 1)
         if expected is not None:
             ratio = max(ratio, (rate.high / end.params[RATE]) ** (1 / max(1, math.ceil((expected - number) / chains))))
         return Step({**end.params, RATE: rate.clip(end.params[RATE] * ratio)}, end.number)

@@ -22,7 +22,7 @@ import numpy as np
 from autocompress.errors import StudyError
 from autocompress.plan import LayerSpec, Measurement, Plan, uncompressed
 from autocompress.record import Latency, StudyRecord, TrialRecord
-from autocompress.search.continuation import CONTINUATION, STEPS, Seen, following, worst_useful
+from autocompress.search.continuation import CONTINUATION, STEPS, Seen, following, worst_lossless, worst_useful
 from autocompress.search.disk import connect, directions, disk_errors, holds_study, insert_running, write_end
 from autocompress.search.lineage import ancestor
 from autocompress.search.samplers import make_sampler
@@ -325,6 +325,7 @@ class StudyStore:
         record = self.record()
         metrics = {t.number: record.objectives(t.best)[1] for t in record.measured if t.best}
         limit = worst_useful(metrics[0], [metrics[n] for n in metrics if n]) if record.baseline else math.inf
+        lossless = worst_lossless(metrics[0], limit) if record.baseline else -math.inf
         front = {trial.number for trial in record.front}
         failed = Counter(t.parent for t in record.trials if t.state == "failed")
         went_on = {t.parent for t in record.trials if t.state in ("complete", "stopped")}
@@ -337,6 +338,7 @@ class StudyStore:
                 useful=t.number in front and metrics[t.number] <= limit,
                 open=t.number in states and (failed[t.number] < _FAILURES or t.number in went_on),
                 position=math.log(t.best.size_bytes) if t.best else 0.0,
+                lossless=t.number in metrics and metrics[t.number] <= lossless,
             )
             for t in record.trials
             if t.number
