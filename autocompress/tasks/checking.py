@@ -179,11 +179,8 @@ def _check_example(task: Task, model: nn.Module, inputs: Any) -> None:
         with torch.no_grad():
             call_model(model, given)
     except Exception as error:
-        what, how = (
-            ("a single example of val", "; give example_inputs that it takes")
-            if own is None
-            else ("example_inputs", "")
-        )
+        what = "a single example of val" if own is None else "example_inputs"
+        how = "; give example_inputs that it takes" if own is None else ""
         said = f"model fails on {what}, {describe(given)}: {one_line(error)}{how}"
         raise TaskError(f"task {task.name!r}: {said}") from error
 
