@@ -29,6 +29,12 @@ BLOCK = 8
 the time of 16, 32 and 64, of 8, 16 and 32 channels 0.47 (ResNet-8)."""
 CODED_BITS = 8
 """Up to these weights are codes."""
+SEEN = ("linear", "conv1d", "conv2d", "conv3d")
+"""Kinds of layers that multiply their inputs by their weight, row by row: what can be known of it can be used."""
+UNSEEN = ("embedding", "transposed", "recurrent", "attention", "parameter")
+"""All other kinds: their weights are pruned and rounded by themselves, and never factorised."""
+PARAMETERS = ("recurrent", "attention", "parameter")
+"""Kinds whose module holds several weights, or one of another name: each goes by its state key."""
 SHORT_BITS = 16
 """Up to these a layer's bias is carried in bfloat16; where all layers have so few, normalisation layers are too."""
 
@@ -38,11 +44,12 @@ class LayerSpec:
     """One compressible weight, as found in the model.
 
     `name` is the dotted path of the (first) module that owns the weight, "" for a model that
-    is a bare layer; `shape` is the weight's, output channels first; `macs` counts the
-    multiply-accumulates of one example, over every module that uses the weight;
+    is a bare layer, or of `PARAMETERS` the weight's own (rnn.weight_hh_l0); `shape` is the weight's, output channels
+    first where it has any (an embedding's rows are its entries, a transposed convolution's its inputs); `macs` counts
+    the multiply-accumulates of one example, over every module that uses the weight;
     `shared_with` names the other modules that use the same tensor; `factorable` is false where
     only the whole weight can stand (grouped convolutions, shared weights, weights that a parent
-    module reads by itself) and `whole_because` then says why.
+    module reads by itself, and all kinds but those of `SEEN`) and `whole_because` then says why.
     """
 
     name: str
@@ -58,6 +65,21 @@ class LayerSpec:
     def label(self) -> str:
         """The name that users see: the module path, or "model" for a bare layer."""
         return self.name or "model"
+
+    @property
+    def key(self) -> str:
+        """The weight's key in the model's state."""
+        return self.name if self.kind in PARAMETERS else f"{self.name}.weight".lstrip(".")
+
+    @property
+    def module(self) -> str:
+        """The dotted path of the module that owns the weight."""
+        return self.key.rpartition(".")[0]
+
+    @property
+    def seen(self) -> bool:
+        """Whether the weight multiplies inputs that can be looked at: others go by their weights alone."""
+        return self.kind in SEEN
 
     @property
     def parameters(self) -> int:
@@ -260,6 +282,12 @@ class Measurement:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Measurement:
         return cls(**value)
+
+
+def bias_beside(key: str) -> str:
+    """The state key of the bias beside a weight, by the weight's; "" where it is not named as a weight is."""
+    owner, _, leaf = key.rpartition(".")
+    return f"{owner}.{leaf.replace('weight', 'bias', 1)}".lstrip(".") if "weight" in leaf else ""
 
 
 def uncompressed(specs: Iterable[LayerSpec]) -> Plan:

@@ -28,7 +28,7 @@ def covered(model, found):
     names = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         names.setdefault(id(tensor), set()).add(name)
-    rows = [f"{s.name}.weight".lstrip(".") for s in found.layers] + [k.name for k in found.kept]
+    rows = [s.key for s in found.layers] + [k.name for k in found.kept]
     owners = [next(key for key, known in names.items() if row in known) for row in rows]
     assert sorted(owners) == sorted(names)
     assert found.parameters == sum(
@@ -139,12 +139,13 @@ def test_an_embedding_tied_to_a_layer():
     found = inventory(LanguageModel(), torch.zeros(2, 5, dtype=torch.int64))
     (out,) = found.layers
     assert (out.name, out.shared_with, out.shape, out.macs) == ("out", ("embed",), (13, 8), 5 * 13 * 8)
-    assert reasons(found) == {"position": "parameter 'position' of LanguageModel, which is no Linear or convolution"}
+    why = "parameter 'position' of LanguageModel, which is no matrix of 256 or more elements"
+    assert reasons(found) == {"position": why}
 
 
 def test_everything_else_is_kept_with_a_reason():
     net = nn.Sequential(
-        nn.Embedding(7, 6),
+        nn.Embedding(7, 6, max_norm=1.0),
         nn.LayerNorm(6),
         nn.LSTM(6, 5, batch_first=True),
         *(),
@@ -164,14 +165,14 @@ def test_everything_else_is_kept_with_a_reason():
             return self.one(self.norm(self.up(y)).mean((1, 2), keepdim=True))
 
     found = inventory(Model(), torch.zeros(2, 4, dtype=torch.int64))
-    assert [s.name for s in found.layers] == ["head"]
+    assert [s.name for s in found.layers] == ["net.2.weight_ih_l0", "net.2.weight_hh_l0", "head", "up"]
     told = reasons(found)
-    assert told["net.0.weight"] == "embedding table"
+    assert told["net.0.weight"] == "embedding table that is normalised in each call (max_norm)"
     assert told["net.1.weight"] == "weight of LayerNorm"
     assert told["net.1.bias"] == "bias of LayerNorm"
-    assert told["net.2.weight_hh_l0"] == "parameter 'weight_hh_l0' of LSTM, which is no Linear or convolution"
+    assert told["net.2.bias_hh_l0"] == "bias of LSTM"
     assert "parametrized weight" in told["normed.parametrizations.weight.original0"]
-    assert "ConvTranspose1d" in told["up.weight"]
+    assert told["up.bias"] == "bias of ConvTranspose1d"
     assert told["one.weight"] == "a single weight"
     assert told["norm.running_mean"] == told["norm.num_batches_tracked"] == "buffer"
     assert all(told.values())
@@ -239,12 +240,17 @@ def test_attention_and_transformer_layers_are_found_and_whole():
             return self.head(self.encoder(self.attention(x, x, x)[0]))
 
     found = inventory(Model(), torch.randn(2, 5, 8))
-    assert {s.name for s in found.layers} == {
+    assert {s.name for s in found.layers if s.seen} == {
         "attention.out_proj", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "head",
     }  # fmt: skip
     assert [s.name for s in found.layers if s.factorable] == ["head"]
-    assert all("parent module reads" in s.whole_because for s in found.layers if not s.factorable)
-    assert "MultiheadAttention" in reasons(found)["attention.in_proj_weight"]
+    assert all("parent module reads" in s.whole_because for s in found.layers if s.seen and not s.factorable)
+    joined = [s for s in found.layers if not s.seen]
+    assert [(s.name, s.kind) for s in joined] == [
+        ("attention.in_proj_weight", "attention"),
+        ("encoder.self_attn.in_proj_weight", "attention"),
+    ]
+    assert [s.macs for s in joined] == [5 * 8 * 24] * 2
 
 
 @pytest.mark.parametrize(
@@ -252,7 +258,7 @@ def test_attention_and_transformer_layers_are_found_and_whole():
     [
         (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), torch.randn(2, 3), "holds BatchNorm1d, ReLU, compressible are"),
         (nn.Identity(), torch.randn(2, 3), "model Identity has no layer to compress: it holds Identity"),
-        (nn.Embedding(3, 2), torch.tensor([1]), "holds Embedding"),
+        (nn.Embedding(3, 2, max_norm=1.0), torch.tensor([1]), "holds Embedding"),
         (nn.Linear(3, 2, dtype=torch.complex64), torch.randn(2, 3), "no layer to compress: it holds Linear"),
         (nn.LazyLinear(3), torch.randn(2, 3), "parameter 'weight' is not initialised: run one batch"),
     ],

@@ -261,7 +261,11 @@ def test_a_layer_whose_inputs_cannot_be_seen_is_named():
     torch.manual_seed(0)
     bench = Workbench(task(Attentive().eval()))
     plan = plan_of(bench, Recipe(0.0), activation_bits=8)
+    whole = {"attention.in_proj_weight": LayerPlan()}
     with pytest.raises(PlanError, match=r"layer 'attention.out_proj': activation_bits is 8, allowed: 32"):
+        next(run_trial(bench, replace(plan, layers={**plan.layers, **whole})))
+    joined = r"layer 'attention.in_proj_weight': activation_bits is 8, allowed: 32 \(one of several weights of an att"
+    with pytest.raises(PlanError, match=joined):
         next(run_trial(bench, plan))
     model = net()
     layers = find_layers(model, lambda m: m(X)).layers
@@ -276,7 +280,7 @@ def test_a_space_leaves_inputs_that_cannot_be_seen_whole():
     bench = Workbench(task(Attentive().eval()))
     source = {"version": 1, "layers": [{"match": "*", "bits": [3, 6], "activation_bits": [4, 8]}]}
     space, unseen = preflight.where_seen(load_space(source, bench.layers), bench)
-    assert unseen == ["attention.out_proj"]
+    assert unseen == ["attention.in_proj_weight", "attention.out_proj"]
     plan = space.middle(0.0)
     assert plan.layers["attention.out_proj"].activation_bits == 32
     assert plan.layers["head"].activation_bits in (4, 8)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,15 @@ from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
 from autocompress.compress.units import Kept, Units
 from autocompress.errors import PlanError, TrialFailed
-from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan, uncompressed
+from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan, bias_beside, uncompressed
 
+_MULTIPLYING = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
 _FAR = 16.0
@@ -171,6 +179,9 @@ def compress(
     finite, and where there is no calibration; PlanError for units that cannot go.
     """
     module = copy.deepcopy(model)
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False  # gradients pass through codes, which are dense
     made = Factoriser(model, svds) if factoriser is None else factoriser
     plan = replace(plan, layers={spec.name: made.settled(spec, plan.layers[spec.name]) for spec in specs})
     kept = _kept(plan, specs, units)
@@ -178,7 +189,7 @@ def compress(
     if start is not None:
         before = _kept(start.plan, specs, units)
         _take_over(module, specs, start)
-        _bring_back(module, model, before, kept)
+        _bring_back(module, model, before, kept, {spec.name: spec.key for spec in specs})
         moved = before.differing(kept)
     module, keys = _in_place(module, specs, plan, made, start, kept=kept, moved=moved)
     beside = _without(module, plan, kept)
@@ -207,7 +218,7 @@ def _in_place(
         layer = plan.layers[spec.name]
         prefix = f"{spec.name}." if spec.name else ""
         if layer.rank is None:
-            keys[f"{prefix}weight"] = spec
+            keys[spec.key] = spec
             continue
         begun = start
         if start is not None and spec.name in moved:  # its factors are of other rows: they are made anew
@@ -239,7 +250,8 @@ def _codes(
     looked_at = {
         key: layer
         for key, layer in plans.items()
-        if (layer.rounding == "hessian" if is_rated(plan, layer) else solve.is_calibrated(layer))
+        if keys[key].seen
+        and (layer.rounding == "hessian" if is_rated(plan, layer) else solve.is_calibrated(layer))
         and (start is None or learned[key] is not start.tensors)
     }
     codes: dict[str, Code | RatedCode] = {}
@@ -282,10 +294,10 @@ def _kept(plan: Plan, specs: Sequence[LayerSpec], units: Units | None) -> Kept:
     return Kept({}, {})
 
 
-def _bring_back(module: nn.Module, model: nn.Module, before: Kept, now: Kept) -> None:
-    """Give units that stay now and did not before what the model has for them."""
+def _bring_back(module: nn.Module, model: nn.Module, before: Kept, now: Kept, keys: Mapping[str, str]) -> None:
+    """Give units that stay now and did not before what the model has for them; `keys` are weights' by layer name."""
     mine, theirs = module.state_dict(), model.state_dict()
-    gone = {f"{name}.weight".lstrip("."): (rows, now.rows.get(name)) for name, rows in before.rows.items()}
+    gone = {keys[name]: (rows, now.rows.get(name)) for name, rows in before.rows.items()}
     for key, rows in before.beside.items():
         owner = key.rpartition(".")[0]
         statistics = [f"{owner}.{name}".lstrip(".") for name in ("running_mean", "running_var")]
@@ -327,8 +339,9 @@ def _ranges(
             continue
         if grids is None:
             raise PlanError(f"layer {spec.label!r}: activation_bits is {bits}, allowed: 32 (no inputs to calibrate on)")
-        device = next((parameter.device for parameter in module.get_submodule(spec.name).parameters()), None)
-        made = Range(grids(spec, bits), device)
+        grid = grids(spec, bits)
+        device = next((parameter.device for parameter in module.get_submodule(spec.module).parameters()), None)
+        made = Range(grid, device)
         if start is not None and start.plan.layers[spec.name].activation_bits == bits:
             made.with_state(start.tensors[f"{spec.name}#act"])
         others = [path for path in spec.shared_with if is_layer(module.get_submodule(path))]
@@ -397,7 +410,9 @@ def _code(
     weight, layer = module.get_parameter(key), plan.layers[key]
     stays = rows[key].to(weight.device) if key in rows else None
     if is_rated(plan, layer):
-        return _rated(weight, layer, learned, key, prepared, rows=stays)
+        step, start = _rated(weight, layer, learned, key, prepared, rows=stays)
+        unit = unit_of(weight, learned, key)
+        return RatedCode(start, layer.bits, step, unit, stays, looked_up=_is_looked_up(module, key))
     return Code(weight, layer, learned, key, prepared, rows=stays)
 
 
@@ -414,16 +429,24 @@ def _rated(
     prepared: solve.Prepared | None,
     *,
     rows: Tensor | None,
-) -> RatedCode:
-    """A weight's code under a rate: what lies below the threshold starts at zero, the step is the least squares one."""
-    unit = unit_of(weight, learned, key)
+) -> tuple[Tensor | float, Tensor]:
+    """Where a weight under a rate begins: the grid's step, least squares unless known, and the float weights.
+
+    What lies below the threshold starts at zero.
+    """
     if prepared is not None and prepared.step is not None:
-        return RatedCode(prepared.weight, layer.bits, prepared.step, unit, rows)
+        return prepared.step, prepared.weight
     step = learned.get(f"{key}#step")
     if step is not None:
-        return RatedCode(weight, layer.bits, step, unit, rows)
-    kept = weight * prune.kept_mask(weight, layer.threshold, unit, rows)
-    return RatedCode(kept, layer.bits, quantize.grid_step(kept[kept != 0], layer.bits), unit, rows)
+        return step, weight
+    kept = weight * prune.kept_mask(weight, layer.threshold, unit_of(weight, learned, key), rows)
+    return quantize.grid_step(kept[kept != 0], layer.bits), kept
+
+
+def _is_looked_up(module: nn.Module, key: str) -> bool:
+    """Whether a weight's rows may be picked by an example's values: what is not known to multiply."""
+    owner = module.get_submodule(key.rpartition(".")[0])
+    return not isinstance(owner, _MULTIPLYING)
 
 
 def _rated_bias(
@@ -433,7 +456,7 @@ def _rated_bias(
 
     The first step is a quarter of the biases' root mean square, or what it takes to reach the largest.
     """
-    name = f"{key.removesuffix('weight')}bias"
+    name = bias_beside(key)
     bias = dict(module.named_parameters()).get(name)
     if bias is None or bias.dtype != torch.float32 or not bias.requires_grad:
         return {}
@@ -458,8 +481,9 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
     }
     if len(short) == len(plan.layers):
         owners |= {name: _short_state(part) for name, part in module.named_modules() if isinstance(part, _NORMS)}
-    wanted = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
     state = unique_state(module)
+    wanted = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
+    wanted |= {bias_beside(name) for name in short if name in state}  # weights that are layers by themselves
     return frozenset(key for key in wanted if key in state and state[key].dtype == torch.float32)
 
 
@@ -558,4 +582,21 @@ def in_fast_layout(tensor: Tensor) -> Tensor:
 def call_with(module: nn.Module, substitutes: Mapping[str, Tensor], inputs: Any) -> Any:
     """The module's output with some of its tensors substituted, for a tensor, tuple or mapping of inputs."""
     args, kwargs = as_call(inputs)
-    return torch.func.functional_call(module, dict(substitutes), args, kwargs, tie_weights=False)
+    with _in_recurrent(module, substitutes):
+        return torch.func.functional_call(module, dict(substitutes), args, kwargs, tie_weights=False)
+
+
+@contextmanager
+def _in_recurrent(module: nn.Module, substitutes: Mapping[str, Tensor]) -> Iterator[None]:
+    """Recurrent layers compute with a list of their weights, which `functional_call` leaves as it is."""
+    held: list[tuple[nn.RNNBase, list[Any]]] = []
+    for path, part in module.named_modules():
+        if isinstance(part, nn.RNNBase):
+            held.append((part, part._flat_weights))
+            keys = [f"{path}.{name}".lstrip(".") for name in part._flat_weights_names]
+            part._flat_weights = [substitutes.get(k, w) for k, w in zip(keys, part._flat_weights, strict=True)]
+    try:
+        yield
+    finally:
+        for part, weights in held:
+            part._flat_weights = weights

@@ -67,7 +67,6 @@ def gather(
 
     `call(model, inputs)` runs the model, which is in eval mode meanwhile.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     sums: dict[str, Moments] = {}
 
     def note(name: str, module: nn.Module, x: Tensor) -> None:
@@ -75,14 +74,21 @@ def gather(
             sums[name] = Moments()
         sums[name].add(module, x)
 
-    places = {
-        spec.name: [modules[path] for path in dict.fromkeys((spec.name, *spec.shared_with)) if is_layer(modules[path])]
-        for spec in specs
-    }
+    places = places_of(model, specs)
     with torch.no_grad(), watched(model, places, note):
         for inputs in batches:
             call(model, inputs)
     return {name: sums[name].statistics() for name in places if name in sums}
+
+
+def places_of(model: nn.Module, specs: Iterable[LayerSpec]) -> dict[str, list[nn.Module]]:
+    """By layer name the modules that multiply by its weight; nothing of kinds whose inputs are not looked at."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {
+        spec.name: [modules[path] for path in dict.fromkeys((spec.name, *spec.shared_with)) if is_layer(modules[path])]
+        for spec in specs
+        if spec.seen
+    }
 
 
 @contextmanager
@@ -137,7 +143,7 @@ def largest_input(
     def note(_: str, __: nn.Module, x: Tensor) -> None:
         most[0] = max(most[0], x.numel())
 
-    places = {spec.name: [model.get_submodule(spec.name)] for spec in specs}
+    places = {spec.name: [model.get_submodule(spec.name)] for spec in specs if spec.seen}
     with torch.no_grad(), watched(model, places, note):
         call(model, inputs)
     return most[0] // examples_in(inputs)

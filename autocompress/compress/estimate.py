@@ -30,7 +30,7 @@ from autocompress.compress.codes import Code
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.scales import count_groups
 from autocompress.errors import TrialFailed
-from autocompress.plan import FLOAT_BITS, LayerPlan, LayerSpec, Plan, check
+from autocompress.plan import FLOAT_BITS, LayerPlan, LayerSpec, Plan, bias_beside, check
 
 _SCALE = 0.0123456
 """Stands for the scale of a layer's inputs, which is not known yet."""
@@ -78,8 +78,8 @@ class Estimator:
         self._head = artifact.described_model(model)
         self._state = artifact.unique_state(model)
         first = {id(tensor): key for key, tensor in self._state.items()}
-        self._layer_of = {first[id(model.get_submodule(spec.name).weight)]: spec for spec in specs}
-        self._bias_of = {f"{spec.name}.bias".lstrip("."): spec for spec in specs}
+        self._layer_of = {first[id(model.get_parameter(spec.key))]: spec for spec in specs}
+        self._bias_of = {bias_beside(spec.key): spec for spec in specs}
         self._pieces: dict[tuple[Any, ...], _Whole | _Factor] = {}
         self._plain: dict[tuple[str, bool, str], int] = {}
         self._logs: dict[tuple[Any, ...], float] = {}
@@ -168,7 +168,7 @@ class Estimator:
         else:
             at = (spec.name, layer.scheme, index, svd)
         if at not in self._pieces:
-            weight: Tensor = self._model.get_submodule(spec.name).weight.detach()  # type: ignore[operator]
+            weight = self._model.get_parameter(spec.key).detach()
             if not torch.isfinite(weight).all():
                 raise TrialFailed(f"layer {spec.label!r} holds weights that are not finite")
             if index < 0:

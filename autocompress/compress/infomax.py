@@ -70,7 +70,7 @@ def pooled(inputs: Tensor, kind: str) -> Tensor:
 def last_layer(model: nn.Module, specs: Sequence[LayerSpec], call: Callable[[], Any]) -> LayerSpec:
     """The layer that runs last when `call()` runs the model. Raises TrialFailed where none is called."""
     ran: list[LayerSpec] = []
-    owners = [(spec, name) for spec in specs for name in (spec.name, *spec.shared_with)]
+    owners = [(spec, name) for spec in specs if spec.seen for name in (spec.name, *spec.shared_with)]
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, spec=spec: ran.append(spec))
         for spec, name in owners

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from autocompress.compress import lowrank
 from autocompress.errors import TaskError
-from autocompress.plan import LayerPlan, LayerSpec, Plan
+from autocompress.plan import PARAMETERS, LayerPlan, LayerSpec, Plan
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -20,6 +21,20 @@ KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
 }
+"""Of modules whose weight multiplies their inputs, row by row."""
+OTHERS: dict[type[nn.Module], str] = {
+    nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embedding",
+    nn.ConvTranspose1d: "transposed",
+    nn.ConvTranspose2d: "transposed",
+    nn.ConvTranspose3d: "transposed",
+    nn.RNNBase: "recurrent",
+    nn.RNNCellBase: "recurrent",
+    nn.MultiheadAttention: "attention",
+}
+"""Of modules whose weights are compressed whole, and looked at without their inputs."""
+FEWEST = 256
+"""Elements from which a matrix that is none of these modules' is worth knobs of its own."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,8 @@ def find_layers(model: nn.Module, call: Callable[[nn.Module], Any]) -> Inventory
         found = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise TaskError(
             f"model {type(model).__name__} has no layer to compress: it holds {', '.join(found)}, "
-            "compressible are Linear, Conv1d, Conv2d and Conv3d"
+            "compressible are the weights of linear layers, convolutions, recurrent layers, embeddings and attention, "
+            f"and other matrices of {FEWEST} or more elements"
         )
     macs = _count_macs(model, layers, call)
     layers = [replace(spec, macs=macs[spec.name]) for spec in layers]
@@ -122,7 +138,9 @@ def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
     home = next((s for s in sites if s.attribute == "weight" and _kind(s.module)), None)
     if first.attribute in first.module._buffers:
         return "buffer"
-    if home is None:
+    kind = _kind(home.module) if home else _other_kind(first, tensor)
+    home = home or first
+    if not kind:
         return _reason(first)
     if not tensor.is_floating_point():
         return f"weights are {str(tensor.dtype).removeprefix('torch.')}, not real floating point"
@@ -130,7 +148,9 @@ def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
         return "a single weight"
     module, others = home.module, tuple(s.path for s in sites if s is not home)
     because = ""
-    if others:
+    if kind not in KINDS.values():
+        because = _WHOLE[kind]
+    elif others:
         because = f"shared with {', '.join(o or 'model' for o in others)}"
     elif getattr(module, "groups", 1) > 1:
         because = "grouped convolution"
@@ -139,8 +159,8 @@ def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
     elif module._forward_hooks or module._forward_pre_hooks:
         because = "the module has hooks"
     return LayerSpec(
-        name=home.path,
-        kind=_kind(module),
+        name=home.key if kind in PARAMETERS else home.path,
+        kind=kind,
         shape=tuple(tensor.shape),
         macs=0,
         groups=getattr(module, "groups", 1),
@@ -150,40 +170,71 @@ def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
     )
 
 
+_WHOLE = {
+    "embedding": "a table that is looked up",
+    "transposed": "transposed convolution",
+    "recurrent": "one of several weights of a recurrent layer",
+    "attention": "one of several weights of an attention",
+    "parameter": "no linear layer's or convolution's",
+}
+
+
 def _base(module: nn.Module) -> type[nn.Module]:
     return next(base for base in KINDS if isinstance(module, base))
 
 
 def _kind(module: nn.Module) -> str:
+    """Of a module with one weight that multiplies its inputs."""
     return next((kind for base, kind in KINDS.items() if isinstance(module, base)), "")
+
+
+def _other_kind(site: _Site, tensor: torch.Tensor) -> str:
+    """The kind of any other matrix that can be coded, "" for what is carried exactly."""
+    module = site.module
+    if tensor.dim() < 2 or _kind(module) or "Norm" in type(module).__name__ or _is_computed(module):
+        return ""
+    if getattr(module, "max_norm", None) is not None:  # which changes the table in each call
+        return ""
+    kind = next((kind for base, kind in OTHERS.items() if isinstance(module, base)), "parameter")
+    if kind == "parameter":
+        return kind if tensor.numel() >= FEWEST and sum(size > 1 for size in tensor.shape) > 1 else ""
+    if kind not in PARAMETERS:
+        return kind if site.attribute == "weight" else ""
+    return kind if "weight" in site.attribute else ""
+
+
+def _is_computed(module: nn.Module) -> bool:
+    return type(module).__name__ == "ParametrizationList"
 
 
 def _reason(site: _Site) -> str:
     owner = type(site.module).__name__
-    if owner == "ParametrizationList":
+    if _is_computed(site.module):
         return "parametrized weight (weight_norm, spectral_norm and the like)"
-    if site.attribute == "bias":
+    if "bias" in site.attribute:
         return f"bias of {owner}"
     if _kind(site.module):
         return f"parameter {site.attribute!r} of a {owner} whose weight is made from it"
-    if isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding table"
+    if getattr(site.module, "max_norm", None) is not None:
+        return "embedding table that is normalised in each call (max_norm)"
     if "Norm" in owner:
         return f"{site.attribute} of {owner}"
-    return f"parameter {site.attribute!r} of {owner}, which is no Linear or convolution"
+    return f"parameter {site.attribute!r} of {owner}, which is no matrix of {FEWEST} or more elements"
 
 
 def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> dict[str, int]:
-    """Per layer and example: output positions x weights, over every use of the weight as a Linear or convolution."""
+    """Per layer and example: positions x weights, over every use of the weight to multiply; none where it is looked up.
+
+    What a module computes with a weight that is no layer's of torch is not known and does not count.
+    """
     probe = copy.deepcopy(model).eval()
     macs = {spec.name: 0 for spec in layers}
     modules = dict(probe.named_modules(remove_duplicate=False))
     examples = [1]
 
-    def count(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            weight: torch.Tensor = module.weight  # type: ignore[assignment]
-            macs[name] += output.numel() // weight.shape[0] * weight.numel()
+    def count(spec: LayerSpec) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            macs[spec.name] += _multiplications(module, spec, (*args, *kwargs.values()), output)
 
         return hook
 
@@ -194,13 +245,32 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
     probe.register_forward_pre_hook(note_examples, with_kwargs=True)
 
     for spec in layers:
-        users = {id(modules[path]): modules[path] for path in (spec.name, *spec.shared_with)}
+        users = {id(modules[path]): modules[path] for path in (spec.module, *spec.shared_with)}
         for module in users.values():
-            if _kind(module):
-                module.register_forward_hook(count(spec.name))
+            module.register_forward_hook(count(spec), with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         call(probe)
     return {name: count // max(1, examples[0]) for name, count in macs.items()}
+
+
+def _multiplications(module: nn.Module, spec: LayerSpec, args: Sequence[Any], output: Any) -> int:
+    """Multiply-accumulates of a weight in one call of a module, 0 where it is looked up or nothing is known."""
+    numel = spec.parameters
+    if _kind(module):
+        return output.numel() // spec.shape[0] * numel  # type: ignore[no-any-return]
+    given = [a for a in args if isinstance(a, torch.Tensor | PackedSequence)]
+    tensors = [a.data if isinstance(a, PackedSequence) else a for a in given]
+    if not tensors:
+        return 0
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return tensors[0].numel() // spec.shape[0] * numel
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return tensors[0].numel() // module.input_size * numel
+    if isinstance(module, nn.MultiheadAttention):
+        places = [tensor.numel() // tensor.shape[-1] for tensor in tensors[:3]]  # of query, key and value
+        which = "qkv".find(spec.name.rpartition(".")[2][0])
+        return sum(places) * numel // 3 if which < 0 else places[which] * numel
+    return 0
 
 
 def _try_factors(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> list[LayerSpec]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.compress.calibrate import is_layer, watched
+from autocompress.compress.calibrate import places_of, watched
 from autocompress.errors import PlanError
 from autocompress.plan import LayerSpec
 
@@ -166,8 +166,7 @@ def sample(
 
     Layers whose inputs cannot be seen are left out (`calibrate`).
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    places = {s.name: [modules[p] for p in (s.name, *s.shared_with) if is_layer(modules[p])] for s in specs}
+    places = places_of(model, specs)
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, _: nn.Module, x: Tensor) -> None:
@@ -233,6 +232,7 @@ class Grids:
             values = self._values.get(spec.name)
             if values is None:
                 because = "a parent module computes with its weight by itself, or no example reaches it"
+                because = because if spec.seen else spec.whole_because
                 raise PlanError(f"layer {spec.label!r}: activation_bits is {bits}, allowed: 32 ({because})")
             self._fitted[key] = fitted(values, bits)
         return self._fitted[key]

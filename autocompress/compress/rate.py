@@ -45,19 +45,27 @@ class RatedCode:
 
     `weights` (the tensor's shape) and `log_step` () are leaf tensors that an optimiser trains. Nothing is
     masked: what rounds to zero may come back, but for the rows that do not stay (`rows`, bool (out,)). `unit` is what
-    thresholds count in.
+    thresholds count in. Of a table that is `looked_up` a row may be needed that no example of an epoch has: nothing of
+    it is ever `silent`.
     """
 
     table: Tensor | None = None
     _pulls: tuple[Tensor, Tensor] | None = None
 
     def __init__(
-        self, weights: Tensor, bits: int, step: Tensor | float, unit: float, rows: Tensor | None = None
+        self,
+        weights: Tensor,
+        bits: int,
+        step: Tensor | float,
+        unit: float,
+        rows: Tensor | None = None,
+        *,
+        looked_up: bool = False,
     ) -> None:
         self.rows = None if rows is None else rows.to(weights).view(-1, *(1 for _ in weights.shape[1:]))
         self.weights = in_rows(weights.detach(), self.rows).clone().requires_grad_()
         self.log_step = torch.as_tensor(step).to(weights).log().requires_grad_()
-        self.top, self.unit = quantize.levels(bits)[1], unit
+        self.top, self.unit, self.looked_up = quantize.levels(bits)[1], unit, looked_up
         self._attraction = neighbours.Attraction(tuple(weights.shape))
         self._heard = torch.zeros_like(self.weights)  # the largest gradient of each weight
         self.count()
@@ -113,6 +121,8 @@ class RatedCode:
     @torch.no_grad()
     def silent(self) -> Tensor | None:
         """The weights of rows and columns that no gradient reached since the last call; None where all that is zero."""
+        if self.looked_up:
+            return None
         heard = self._heard != 0
         heard = heard.flatten(1) if heard.dim() > 1 else heard.unsqueeze(1)
         silent = ~(heard.any(1, keepdim=True) & heard.any(0, keepdim=True)).view_as(self.weights)

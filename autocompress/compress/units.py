@@ -177,7 +177,7 @@ class Units:
         """Of each unit, (size,), float64."""
         total = torch.zeros(group.size, dtype=torch.float64)
         for name in group.layers:
-            weight: Tensor = self._model.get_submodule(name).weight.detach()  # type: ignore[operator]
+            weight = self._model.get_parameter(self._by_name[name].key).detach()
             seen = None if plan.layers[name].saliency == "magnitude" else self._statistics().get(name)
             energy = energies(weight, seen).cpu()
             if name in group.norms:
@@ -218,7 +218,7 @@ def wiring_of(model: nn.Module, specs: Sequence[LayerSpec], example: Any) -> Wir
     tensors = {node: value.detach() for node, value in held.items() if isinstance(value, Tensor)}
     found = dead_units.analysed(traced.graph, tensors)
     keys = _first_keys(module)
-    graph = _Graph(found, keys, {keys[f"{spec.name}.weight".lstrip(".")]: spec.name for spec in specs})
+    graph = _Graph(found, keys, {keys[spec.key]: spec.name for spec in specs})
     probe = dead_units.analysed(traced.graph, graph.without_first(tensors))
     goes = {node: not bool(layer.outputs.space.root().keep[0]) for node, layer in probe.layers.items()}
     groups: list[Group] = []

@@ -26,7 +26,9 @@ from autocompress.plan import (
     ROUNDINGS,
     SALIENCIES,
     SCHEMES,
+    SEEN,
     SVDS,
+    UNSEEN,
     LayerSpec,
 )
 from autocompress.search.space import (
@@ -43,7 +45,7 @@ from autocompress.search.space import (
 )
 
 VERSION = 1
-KINDS = ("linear", "conv", "conv1d", "conv2d", "conv3d")
+KINDS = ("linear", "conv", *SEEN[1:], *UNSEEN)
 POSITIONS = ("first", "middle", "last")
 SIZES = ("small", "large")
 FULL = "full"

@@ -1,0 +1,293 @@
+"""Weights of embeddings, recurrent layers, attention, transposed convolutions, a model's own: torch is the reference.
+
+A model that holds a trial's weights in its own parameters must compute what the trial did.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autocompress
+from autocompress.compress import apply, artifact
+from autocompress.compress.layers import find_layers
+from autocompress.compress.rate import RatedCode
+from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.search.space_file import load_space
+from autocompress.trial import Budget, Workbench, run_trial
+
+
+class Words(nn.Module):
+    """Rows of a table, added to places of the model's own."""
+
+    def __init__(self, table: nn.Module) -> None:
+        super().__init__()
+        self.table, self.places = table, nn.Parameter(torch.randn(1, 6, 44))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens) + self.places[:, : tokens.shape[1]]
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(40, 12, mode="mean", sparse=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(10, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 9)
+        for at in x.unbind(1):
+            h = self.cell(at, h)
+        return h
+
+
+class Attention(nn.Module):
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        self.attention, self.widths = nn.MultiheadAttention(10, 2, batch_first=True, **widths), widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x[..., : self.widths.get("kdim", 10)], x[..., : self.widths.get("vdim", 10)])[0]
+
+
+TOKENS, SERIES = torch.randint(0, 40, (8, 6), generator=torch.Generator().manual_seed(1)), torch.randn(8, 6, 10)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, tuple[str, int]]]] = {
+    "embedding": (
+        lambda: Words(nn.Embedding(40, 44, padding_idx=0)),
+        TOKENS,
+        {"places": ("parameter", 0), "table": ("embedding", 0)},
+    ),
+    "sparse embedding": (
+        lambda: Words(nn.Embedding(40, 44, sparse=True)),
+        TOKENS,
+        {"places": ("parameter", 0), "table": ("embedding", 0)},
+    ),
+    "bag": (Bag, TOKENS, {"table": ("embedding", 0)}),
+    "lstm": (
+        lambda: Recurrent(nn.LSTM(10, 8, 2, batch_first=True, bidirectional=True, proj_size=4)),
+        SERIES,
+        {
+            f"rnn.weight_{kind}_l{layer}{way}": ("recurrent", 6 * 32 * width if kind != "hr" else 6 * 4 * 8)
+            for layer, inputs in enumerate((10, 8))
+            for way in ("", "_reverse")
+            for kind, width in (("ih", inputs), ("hh", 4), ("hr", 0))
+        },
+    ),
+    "gru": (
+        lambda: Recurrent(nn.GRU(10, 8, batch_first=True)),
+        SERIES,
+        {"rnn.weight_ih_l0": ("recurrent", 6 * 24 * 10), "rnn.weight_hh_l0": ("recurrent", 6 * 24 * 8)},
+    ),
+    "bare rnn": (
+        lambda: nn.Sequential(nn.Linear(10, 10), Recurrent(nn.RNN(10, 8, batch_first=True, bias=False))),
+        SERIES,
+        {
+            "0": ("linear", 600),
+            "1.rnn.weight_ih_l0": ("recurrent", 480),
+            "1.rnn.weight_hh_l0": ("recurrent", 384),
+        },
+    ),
+    "cell": (Cell, SERIES, {"cell.weight_ih": ("recurrent", 6 * 270), "cell.weight_hh": ("recurrent", 6 * 243)}),
+    "attention": (
+        Attention,
+        SERIES,
+        {"attention.in_proj_weight": ("attention", 6 * 300), "attention.out_proj": ("linear", 0)},
+    ),
+    "wide attention": (
+        lambda: Attention(kdim=7, vdim=5),
+        SERIES,
+        {
+            "attention.q_proj_weight": ("attention", 600),
+            "attention.k_proj_weight": ("attention", 420),
+            "attention.v_proj_weight": ("attention", 300),
+            "attention.out_proj": ("linear", 0),
+        },
+    ),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(6, 4, 3, stride=2, groups=2), nn.Tanh()),
+        SERIES,
+        {"0": ("transposed", 10 * 6 * 2 * 3)},
+    ),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Tensor, dict[str, tuple[str, int]]]:
+    build, inputs, expected = MODELS[name]
+    torch.manual_seed(0)
+    return build().eval(), inputs, expected
+
+
+def compressed(model: nn.Module, inputs: Tensor, layer: LayerPlan, recipe: Recipe | None = None) -> apply.Compressed:
+    layers = find_layers(model, lambda m: m(inputs)).layers
+    plan = Plan({spec.name: layer for spec in layers}, recipe or Recipe())
+    return apply.compress(model, layers, plan, lambda *_: pytest.fail("no factors here"), calibration=lambda: inputs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_and_their_products(name):
+    model, inputs, expected = made(name)
+    found = find_layers(model, lambda m: m(inputs))
+    assert {spec.name: (spec.kind, spec.macs) for spec in found.layers} == expected
+    for spec in found.layers:
+        assert tuple(model.get_parameter(spec.key).shape) == spec.shape
+        assert not spec.factorable or spec.kind == "linear"
+        assert type(spec).from_json(spec.to_json()) == spec
+    assert found.parameters == sum(t.numel() for t in model.state_dict().values())
+    assert all("weight" not in kept.name for kept in found.kept)
+
+
+@pytest.mark.filterwarnings("ignore:the inputs of 'attention.out_proj' cannot be seen")
+@pytest.mark.parametrize("rate", [0.0, 3.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_computes_what_training_did(name, rate):
+    """The values that training substitutes, the file's, and a plain model that holds them."""
+    model, inputs, _ = made(name)
+    before = copy.deepcopy(model.state_dict())
+    layer = LayerPlan(bits=3, threshold=0.4, quantizer="uniform", rounding="hessian", saliency="hessian")
+    found = compressed(model, inputs, layer, Recipe(rate=rate))
+    outputs = apply.call_with(found.module, found.substitutes(), inputs)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for key, value in found.substitutes().items():
+            plain.get_parameter(key).copy_(value)
+    assert torch.allclose(outputs, plain(inputs), atol=1e-6)
+    assert not torch.allclose(outputs, model(inputs), atol=1e-3)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    data = artifact.write(model, found.plan, found.encode(), "test")
+    back = artifact.restore(artifact.container.unpack(data), model)
+    assert torch.allclose(back(inputs), outputs, atol=1e-6)
+    for spec in find_layers(model, lambda m: m(inputs)).layers:
+        assert back.get_parameter(spec.key).unique().numel() <= 7
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "attention" not in name])
+def test_gradients_reach_the_weights(name):
+    """Those of the plain model at the same values."""
+    model, inputs, expected = made(name)
+    found = compressed(model, inputs, LayerPlan(bits=16))
+    values = found.substitutes()
+    plain = copy.deepcopy(found.module)
+    with torch.no_grad():
+        for key, value in values.items():
+            plain.get_parameter(key).copy_(value)
+    apply.call_with(found.module, values, inputs).square().sum().backward()
+    plain(inputs).square().sum().backward()
+    assert len(found.codes) == len(expected)
+    for key, code in found.codes.items():
+        assert torch.allclose(code.weights.grad, plain.get_parameter(key).grad.flatten(), atol=1e-4), key
+
+
+def test_a_recurrent_layer_is_as_before_after_a_call_that_fails():
+    model, inputs, _ = made("lstm")
+    found = compressed(model, inputs, LayerPlan(bits=2))
+    held = list(found.module.rnn._flat_weights)
+    with pytest.raises(RuntimeError):
+        apply.call_with(found.module, found.substitutes(), inputs[..., :3])
+    assert [id(weight) for weight in found.module.rnn._flat_weights] == [id(weight) for weight in held]
+    copy.deepcopy(found.module)
+
+
+@pytest.mark.parametrize("rate", [0.0, 2.0])
+def test_biases_beside_them_are_short(rate):
+    """In bfloat16, or coded under a rate, as those beside linear layers are."""
+    model, inputs, _ = made("lstm")
+    found = compressed(model, inputs, LayerPlan(bits=5, quantizer="uniform"), Recipe(rate=rate))
+    names = {key for key in model.state_dict() if "bias" in key}
+    if rate:
+        assert names <= found.codes.keys()
+    else:
+        assert found.shortened == names
+        values = found.substitutes()
+        assert all(torch.equal(values[key], values[key].bfloat16().float()) for key in names)
+
+
+def word_task(sparse: bool = False) -> autocompress.Task:
+    """Which of three classes most of a text's words are of; the last ten words occur in no training text."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(60, 8, mode="sum", sparse=sparse), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(60, 8))
+    texts = torch.randint(0, 50, (600, 5))
+    with torch.no_grad():
+        targets = model(texts).argmax(1)
+    parts = [(texts[i : i + 200], targets[i : i + 200]) for i in (0, 200, 400)]
+
+    def accuracy(outputs: Tensor, wanted: Tensor) -> float:
+        return float((outputs.argmax(1) == wanted).float().mean())
+
+    return autocompress.Task(model.eval(), *parts, F.cross_entropy, accuracy, batch_size=20)
+
+
+def test_a_table_keeps_the_rows_that_no_example_has(monkeypatch):
+    """Silence clears what nobody reads, but another text may have the word."""
+    monkeypatch.setattr("autocompress.compress.rate.SILENT", (20, 20))
+    task = word_task()
+    bench = Workbench(task)
+    plan = Plan({s.name: LayerPlan(bits=5, quantizer="uniform") for s in bench.layers}, Recipe(6.0, 1e-3, 0.0, 1e-3))
+    outcome = run_trial(bench, plan, Budget((0.0, 1.0)))
+    last = list(outcome)[-1]
+    back = artifact.restore(artifact.container.unpack(last.artifact), task.model)
+    unseen, before = back[0].weight[50:].detach(), task.model[0].weight[50:].detach()
+    assert float(F.cosine_similarity(unseen, before).min()) > 0.9
+
+
+def test_a_sparse_table_is_finetuned_and_stays_sparse():
+    task = word_task(sparse=True)
+    bench = Workbench(task)
+    for layer in (LayerPlan(), LayerPlan(bits=2)):
+        plan = Plan({spec.name: layer for spec in bench.layers}, Recipe(4.0, 3e-3))
+        first, last = (artifact.restore(artifact.container.unpack(o.artifact), task.model)
+                       for o in run_trial(bench, plan, Budget((0.0, 1.0))))  # fmt: skip
+        assert not torch.equal(first[0].weight[:50], last[0].weight[:50])
+    assert task.model[0].sparse
+
+
+def test_tables_look_up_and_layers_multiply():
+    """What may be silent: rows of anything that is not known to multiply may be picked."""
+    for name, expected in (("embedding", True), ("bag", True), ("lstm", False), ("transposed", False)):
+        model, inputs, _ = made(name)
+        found = compressed(model, inputs, LayerPlan(bits=5, quantizer="uniform"), Recipe(rate=1.0))
+        looked_up = {code.looked_up for key, code in found.codes.items() if "bias" not in key}
+        assert looked_up == {expected}
+        assert all(isinstance(code, RatedCode) for code in found.codes.values())
+
+
+def test_spaces_tell_them_by_kind():
+    model, inputs, _ = made("embedding")
+    layers = find_layers(model, lambda m: m(inputs)).layers
+    rules = [{"match": "*", "rank": [0.2, 1.0], "bits": 4}, {"kind": "embedding", "bits": [5, 6]}]
+    found = load_space({"version": 1, "layers": rules}, layers)
+    assert [knob.name for knob in found.knobs if "recipe" not in knob.name] == ["table.bits"]
+    assert found.middle(1.0).layers["places"] == LayerPlan(bits=4)
+
+
+def test_the_estimate_is_near_the_file():
+    task = word_task()
+    model = nn.Sequential(nn.EmbeddingBag(60, 200, mode="sum"), nn.Linear(200, 3))
+    bench = Workbench(replace(task, model=model.eval()))
+    for layer in (LayerPlan(bits=3), LayerPlan(bits=4, threshold=1.0, quantizer="uniform")):
+        plan = Plan({spec.name: layer for spec in bench.layers})
+        (outcome,) = run_trial(bench, plan, Budget((0.0,)))
+        assert bench.estimate(plan) == pytest.approx(len(outcome.artifact), rel=0.08)
