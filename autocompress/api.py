@@ -384,7 +384,7 @@ def _scope(
             trials=wanted,
             workers=cluster.workers,
             threads=cluster.threads,
-            more=trials is None,
+            free=trials is None,
             file_seconds=aim.seconds,
         )
     return found or (wanted, bench.default_epochs * (preflight.PATIENCE if along else 1))

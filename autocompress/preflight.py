@@ -28,6 +28,8 @@ PATIENCE = 4
 """How much more finetuning than others a trial of a continuation gets: each is a step on one long way."""
 MOST_STEPS = 5000
 """Of a trial, or an epoch where that is more, to fill a time budget: beyond it more trials buy more."""
+LEAST_STEPS = 1000
+"""Of a trial, to fill a time budget, as long as there are trials for a whole chain: below it fewer trials buy more."""
 _FILLED = 0.9
 """Of a time budget that trials are to fill."""
 
@@ -201,13 +203,14 @@ def filling(
     trials: int,
     workers: int,
     threads: int,
-    more: bool,
+    free: bool,
     file_seconds: float = 0.0,
 ) -> tuple[int, float] | None:
     """Trials of a continuation, and epochs of finetuning for each, that take about `seconds`.
 
-    So many trials, with 100 to `MOST_STEPS` steps each; where these are over too early, more trials if
-    `more`. None where a step cannot be measured: what is wrong is then told by the preflight.
+    So many trials, with 100 to `MOST_STEPS` steps each. If `free`, there are more where these are over too early, and
+    where they would have fewer than `LEAST_STEPS`, fewer, down to one chain a worker. None where a step cannot be
+    measured: what is wrong is then told by the preflight.
     """
     try:
         step, fixed = _costs(bench, space, threads, 1.0)
@@ -219,9 +222,19 @@ def filling(
     left = (_FILLED * seconds - STARTUP_SECONDS - 8 * fixed) / slowed
     epoch = step * bench.steps_per_epoch
     least, most = 100 / bench.steps_per_epoch, max(1.0, MOST_STEPS / bench.steps_per_epoch)
-    epochs = max(least, min(most, (left / math.ceil(trials / workers) - fixed) / epoch))
-    fitting = workers * int(left / (most * epoch + fixed)) if more and epochs == most else 0
-    return max(trials, fitting), epochs
+
+    def lasting(epochs: float) -> int:
+        return workers * int(max(0.0, left) / (epochs * epoch + fixed))
+
+    def within(trials: int) -> float:
+        return max(least, min(most, (left / math.ceil(trials / workers) - fixed) / epoch))
+
+    short = min(most, LEAST_STEPS / bench.steps_per_epoch)
+    if free and within(trials) == most:
+        trials = max(trials, lasting(most))
+    elif free and within(trials) < short:
+        trials = min(trials, max(1 + workers * STEPS, lasting(short)))
+    return trials, within(trials)
 
 
 def _costs(bench: Workbench, space: Space, threads: int, epochs: float) -> tuple[float, float]:

@@ -78,10 +78,14 @@ def workbench(name: str, folder: Path) -> Workbench:
     return Workbench(NETS[name](folder), "cpu")
 
 
-def compressed(bench: Workbench, way: Way, effort: str = "fast") -> bytes:
-    """The file of a trial in which each layer whose inputs can be seen has this plan: ways differ in those alone."""
+def compressed(bench: Workbench, way: Way, effort: str = "fast", *, every: bool = False) -> bytes:
+    """The file of a trial in which each layer has this plan: those whose inputs can be seen, in which ways differ.
+
+    If `every`, embeddings and the like too.
+    """
     layer, rate = way if isinstance(way, tuple) else (way, 0.0)
-    plan = Plan({s.name: layer if s.seen else LayerPlan() for s in bench.layers}, Recipe(0.0, 1e-3, 0.0, rate))
+    layers = {spec.name: layer if every or spec.seen else LayerPlan() for spec in bench.layers}
+    plan = Plan(layers, Recipe(0.0, 1e-3, 0.0, rate))
     (outcome,) = run_trial(bench, plan, Budget((0.0,)), effort=effort)
     return outcome.artifact
 
@@ -116,7 +120,7 @@ def timed(name: str, folder: Path) -> None:
     bench.layers, bench.calibration  # noqa: B018  (made ready)
     ready = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     began, used = time.perf_counter(), time.process_time()
-    size = len(compressed(bench, BOTH))
+    size = len(compressed(bench, BOTH, every=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     seconds, processor = time.perf_counter() - began, time.process_time() - used
     print(f"{name}: {seconds:.1f} s ({processor:.1f} s of processor time, validation included), {size} bytes, "

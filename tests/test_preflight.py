@@ -89,7 +89,7 @@ def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
     monkeypatch.setattr(preflight, "_costs", lambda *_: (0.5, 2.0))  # seconds of a step, and of a measurement
 
     def epochs(seconds: float, workers: int = 1) -> float:
-        way = {"trials": 10, "workers": workers, "threads": 1, "more": False}
+        way = {"trials": 10, "workers": workers, "threads": 1, "free": False}
         trials, epochs = preflight.filling(bench, space, seconds=seconds, **way)
         assert trials == 10
         return epochs
@@ -97,7 +97,7 @@ def test_finetuning_fills_a_time_budget_within_bounds(bench, monkeypatch):
     alone = epochs(3000)
     spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 10 * (alone * 100 * 0.5 + 2.0)
     assert spent == pytest.approx(0.9 * 3000)
-    way = {"trials": 10, "workers": 1, "threads": 1, "more": False, "file_seconds": 50.0}
+    way = {"trials": 10, "workers": 1, "threads": 1, "free": False, "file_seconds": 50.0}
     _, fewer = preflight.filling(bench, space, seconds=3000, **way)
     spent = preflight.STARTUP_SECONDS + 8 * 52.0 + 10 * (fewer * 100 * 0.5 + 52.0)
     assert spent == pytest.approx(0.9 * 3000)
@@ -114,12 +114,32 @@ def test_a_long_time_budget_gets_more_trials(bench, monkeypatch):
     monkeypatch.setattr(preflight, "_costs", lambda *_: (0.5, 2.0))
     most = preflight.MOST_STEPS / 100
     one = most * 100 * 0.5 + 2.0  # seconds of the longest trial
-    way = {"trials": 10, "workers": 2, "threads": 1, "more": True}
+    way = {"trials": 10, "workers": 2, "threads": 1, "free": True}
     for seconds in (1000, 1e4, 1e5):
         trials, epochs = preflight.filling(bench, space, seconds=seconds, **way)
         assert (trials > 10) == (epochs == most) == (seconds > 5e4)
     spent = preflight.STARTUP_SECONDS + 8 * 2.0 + 1.25 * trials / 2 * one  # of the last
     assert 0.9 * 1e5 - 1.25 * one < spent <= 0.9 * 1e5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_slow_steps_give_fewer_trials_and_not_short_ones(bench, monkeypatch, workers):
+    space = load_space("continuation", bench.layers)
+    monkeypatch.setattr(bench, "steps_per_epoch", 300)
+    monkeypatch.setattr(preflight, "_costs", lambda *_: (0.1, 2.0))
+    way = {"trials": 60, "workers": workers, "threads": 1}
+    slow = (1.25 if workers > 1 else 1.0) * 60 / workers
+    for seconds, fewer, whole in ((1000, True, False), (4000, True, True), (1000 * 60, False, True)):
+        trials, epochs = preflight.filling(bench, space, seconds=seconds, **way, free=True)
+        asked, shorter = preflight.filling(bench, space, seconds=seconds, **way, free=False)
+        assert asked == 60
+        assert (trials < 60) == fewer
+        assert trials >= 1 + 12 * workers
+        assert (epochs * 300 >= preflight.LEAST_STEPS - 1e-6) == whole
+        assert epochs > shorter or not fewer
+        spent = preflight.STARTUP_SECONDS + 8 * 2.0 + slow / 60 * trials * (epochs * 30 + 2.0)
+        assert spent <= 0.9 * seconds + slow * 32
+    assert preflight.filling(bench, space, seconds=1000, **way, free=True)[0] == 1 + 12 * workers
 
 
 def test_what_cannot_be_measured_gives_no_epochs(bench, monkeypatch):
@@ -128,4 +148,4 @@ def test_what_cannot_be_measured_gives_no_epochs(bench, monkeypatch):
 
     monkeypatch.setattr(preflight, "_costs", broken)
     space = load_space("continuation", bench.layers)
-    assert preflight.filling(bench, space, seconds=60, trials=3, workers=1, threads=1, more=True) is None
+    assert preflight.filling(bench, space, seconds=60, trials=3, workers=1, threads=1, free=True) is None
