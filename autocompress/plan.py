@@ -33,6 +33,8 @@ SEEN = ("linear", "conv1d", "conv2d", "conv3d")
 """Kinds of layers that multiply their inputs by their weight, row by row: what can be known of it can be used."""
 UNSEEN = ("embedding", "transposed", "recurrent", "attention", "parameter")
 """All other kinds: their weights are pruned and rounded by themselves, and never factorised."""
+LOOKED_UP = ("embedding", "parameter")
+"""Kinds of which an example may use some rows alone, or others than those that training has seen."""
 PARAMETERS = ("recurrent", "attention", "parameter")
 """Kinds whose module holds several weights, or one of another name: each goes by its state key."""
 SHORT_BITS = 16
@@ -47,8 +49,8 @@ class LayerSpec:
     is a bare layer, or of `PARAMETERS` the weight's own (rnn.weight_hh_l0); `shape` is the weight's, output channels
     first where it has any (an embedding's rows are its entries, a transposed convolution's its inputs); `macs` counts
     the multiply-accumulates of one example, over every module that uses the weight;
-    `shared_with` names the other modules that use the same tensor; `factorable` is false where
-    only the whole weight can stand (grouped convolutions, shared weights, weights that a parent
+    `shared_with` names the other modules that use the same tensor, or of `PARAMETERS` its other keys; `factorable` is
+    false where only the whole weight can stand (grouped convolutions, shared weights, weights that a parent
     module reads by itself, and all kinds but those of `SEEN`) and `whole_because` then says why.
     """
 
@@ -63,7 +65,7 @@ class LayerSpec:
 
     @property
     def label(self) -> str:
-        """The name that users see: the module path, or "model" for a bare layer."""
+        """The name that users see: `name`, or "model" for a bare layer."""
         return self.name or "model"
 
     @property
@@ -72,9 +74,11 @@ class LayerSpec:
         return self.name if self.kind in PARAMETERS else f"{self.name}.weight".lstrip(".")
 
     @property
-    def module(self) -> str:
-        """The dotted path of the module that owns the weight."""
-        return self.key.rpartition(".")[0]
+    def modules(self) -> tuple[str, ...]:
+        """The dotted paths of the modules that use the weight, its owner first."""
+        if self.kind not in PARAMETERS:
+            return (self.name, *self.shared_with)
+        return tuple(key.rpartition(".")[0] for key in (self.name, *self.shared_with))
 
     @property
     def seen(self) -> bool:
@@ -284,10 +288,15 @@ class Measurement:
         return cls(**value)
 
 
-def bias_beside(key: str) -> str:
-    """The state key of the bias beside a weight, by the weight's; "" where it is not named as a weight is."""
+def bias_beside(key: str) -> str | None:
+    """The state key that a bias beside a weight would have, by the weight's; None of a weight of another name.
+
+    x.weight has x.bias, x.weight_hh_l0 x.bias_hh_l0, x.in_proj_weight x.in_proj_bias.
+    """
     owner, _, leaf = key.rpartition(".")
-    return f"{owner}.{leaf.replace('weight', 'bias', 1)}".lstrip(".") if "weight" in leaf else ""
+    if leaf != "in_proj_weight" and leaf.partition("_")[0] != "weight":
+        return None
+    return f"{owner}.{leaf.replace('weight', 'bias')}".lstrip(".")
 
 
 def uncompressed(specs: Iterable[LayerSpec]) -> Plan:

@@ -209,8 +209,8 @@ def filling(
     """Trials of a continuation, and epochs of finetuning for each, that take about `seconds`.
 
     So many trials, with 100 to `MOST_STEPS` steps each. If `free`, there are more where these are over too early, and
-    where they would have fewer than `LEAST_STEPS`, fewer, down to one chain a worker. None where a step cannot be
-    measured: what is wrong is then told by the preflight.
+    fewer where they would have fewer than `LEAST_STEPS` steps: as many as have so many, but a whole chain for each
+    worker. None where a step cannot be measured: what is wrong is then told by the preflight.
     """
     try:
         step, fixed = _costs(bench, space, threads, 1.0)
@@ -229,11 +229,9 @@ def filling(
     def within(trials: int) -> float:
         return max(least, min(most, (left / math.ceil(trials / workers) - fixed) / epoch))
 
-    short = min(most, LEAST_STEPS / bench.steps_per_epoch)
-    if free and within(trials) == most:
-        trials = max(trials, lasting(most))
-    elif free and within(trials) < short:
-        trials = min(trials, max(1 + workers * STEPS, lasting(short)))
+    if free:
+        fewest = max(1 + workers * STEPS, lasting(LEAST_STEPS / bench.steps_per_epoch))
+        trials = max(lasting(most), min(trials, fewest))
     return trials, within(trials)
 
 

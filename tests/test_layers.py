@@ -139,7 +139,7 @@ def test_an_embedding_tied_to_a_layer():
     found = inventory(LanguageModel(), torch.zeros(2, 5, dtype=torch.int64))
     (out,) = found.layers
     assert (out.name, out.shared_with, out.shape, out.macs) == ("out", ("embed",), (13, 8), 5 * 13 * 8)
-    why = "parameter 'position' of LanguageModel, which is no matrix of 256 or more elements"
+    why = "parameter 'position' of LanguageModel, a matrix of fewer than 256 elements"
     assert reasons(found) == {"position": why}
 
 

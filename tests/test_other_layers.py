@@ -4,6 +4,7 @@ A model that holds a trial's weights in its own parameters must compute what the
 """
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from autocompress.compress import apply, artifact
 from autocompress.compress.layers import find_layers
 from autocompress.compress.rate import RatedCode
 from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.search.space import positions
 from autocompress.search.space_file import load_space
 from autocompress.trial import Budget, Workbench, run_trial
 
@@ -30,6 +32,18 @@ class Words(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.table(tokens) + self.places[:, : tokens.shape[1]]
+
+
+class Tied(nn.Module):
+    """The table of the inputs is also that of the scores; it comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(40, 44), nn.Linear(44, 40)
+        self.out.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.table(tokens)))
 
 
 class Bag(nn.Module):
@@ -84,6 +98,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, tuple[str, in
         {"places": ("parameter", 0), "table": ("embedding", 0)},
     ),
     "bag": (Bag, TOKENS, {"table": ("embedding", 0)}),
+    "tied": (Tied, TOKENS, {"out": ("linear", 6 * 40 * 44)}),
     "lstm": (
         lambda: Recurrent(nn.LSTM(10, 8, 2, batch_first=True, bidirectional=True, proj_size=4)),
         SERIES,
@@ -153,7 +168,7 @@ def test_layers_and_their_products(name):
         assert tuple(model.get_parameter(spec.key).shape) == spec.shape
         assert not spec.factorable or spec.kind == "linear"
         assert type(spec).from_json(spec.to_json()) == spec
-    assert found.parameters == sum(t.numel() for t in model.state_dict().values())
+    assert found.parameters == sum(tensor.numel() for tensor in artifact.unique_state(model).values())
     assert all("weight" not in kept.name for kept in found.kept)
 
 
@@ -182,7 +197,7 @@ def test_a_file_computes_what_training_did(name, rate):
         assert back.get_parameter(spec.key).unique().numel() <= 7
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "attention" not in name])
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_the_weights(name):
     """Those of the plain model at the same values."""
     model, inputs, expected = made(name)
@@ -196,7 +211,9 @@ def test_gradients_reach_the_weights(name):
     plain(inputs).square().sum().backward()
     assert len(found.codes) == len(expected)
     for key, code in found.codes.items():
-        assert torch.allclose(code.weights.grad, plain.get_parameter(key).grad.flatten(), atol=1e-4), key
+        assert torch.allclose(code.weights.grad, plain.get_parameter(key).grad.flatten()[code.positions], atol=1e-4), (
+            key
+        )
 
 
 def test_a_recurrent_layer_is_as_before_after_a_call_that_fails():
@@ -240,17 +257,20 @@ def word_task(sparse: bool = False) -> autocompress.Task:
     return autocompress.Task(model.eval(), *parts, F.cross_entropy, accuracy, batch_size=20)
 
 
-def test_a_table_keeps_the_rows_that_no_example_has(monkeypatch):
-    """Silence clears what nobody reads, but another text may have the word."""
+@pytest.mark.parametrize("rate", [1e-3, 3.0])
+def test_a_table_keeps_the_rows_that_no_example_has(monkeypatch, rate):
+    """Silence clears what nobody reads, and a price what nothing holds, but another text may have the word."""
     monkeypatch.setattr("autocompress.compress.rate.SILENT", (20, 20))
     task = word_task()
     bench = Workbench(task)
-    plan = Plan({s.name: LayerPlan(bits=5, quantizer="uniform") for s in bench.layers}, Recipe(6.0, 1e-3, 0.0, 1e-3))
+    plan = Plan({s.name: LayerPlan(bits=5, quantizer="uniform") for s in bench.layers}, Recipe(9.0, 2e-2, 0.0, rate))
     outcome = run_trial(bench, plan, Budget((0.0, 1.0)))
     last = list(outcome)[-1]
     back = artifact.restore(artifact.container.unpack(last.artifact), task.model)
     unseen, before = back[0].weight[50:].detach(), task.model[0].weight[50:].detach()
     assert float(F.cosine_similarity(unseen, before).min()) > 0.9
+    seen = back[0].weight[:50].detach()
+    assert (float((seen == 0).double().mean()) > 0.1) == (rate > 1)
 
 
 def test_a_sparse_table_is_finetuned_and_stays_sparse():
@@ -266,7 +286,8 @@ def test_a_sparse_table_is_finetuned_and_stays_sparse():
 
 def test_tables_look_up_and_layers_multiply():
     """What may be silent: rows of anything that is not known to multiply may be picked."""
-    for name, expected in (("embedding", True), ("bag", True), ("lstm", False), ("transposed", False)):
+    kinds = ("embedding", True), ("bag", True), ("lstm", False), ("transposed", False), ("tied", False)
+    for name, expected in kinds:
         model, inputs, _ = made(name)
         found = compressed(model, inputs, LayerPlan(bits=5, quantizer="uniform"), Recipe(rate=1.0))
         looked_up = {code.looked_up for key, code in found.codes.items() if "bias" not in key}
@@ -291,3 +312,155 @@ def test_the_estimate_is_near_the_file():
         plan = Plan({spec.name: layer for spec in bench.layers})
         (outcome,) = run_trial(bench, plan, Budget((0.0,)))
         assert bench.estimate(plan) == pytest.approx(len(outcome.artifact), rel=0.08)
+
+
+@pytest.mark.parametrize("quantizer", ["codebook", "uniform", "asymmetric"])
+@pytest.mark.parametrize("rate", [0.0, 2.0])
+def test_a_padding_of_zeros_stays_zero(quantizer, rate):
+    """No gradient reaches it; one that holds something is a row like others."""
+    model, inputs, _ = made("embedding")
+    quantizer = "uniform" if rate else quantizer
+    found = compressed(model, inputs, LayerPlan(bits=3, quantizer=quantizer), Recipe(rate=rate))
+    assert not found.substitutes()["table.weight"][0].any()
+    assert not artifact.to_tensor(found.encode()["table.weight"])[0].any()
+    with torch.no_grad():
+        model.table.weight[0] = 1.0
+    found = compressed(model, inputs, LayerPlan(bits=3, quantizer=quantizer), Recipe(rate=rate))
+    assert found.substitutes()["table.weight"][0].any()
+
+
+class Own(nn.Module):
+    """Matrices with names that mean something elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(20, 20))
+        self.groups, self.shift = nn.ModuleList([nn.Tanh()]), nn.Parameter(torch.randn(1, 300))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.groups[0](x @ self.weight) @ self.bias + self.shift[:, :20]
+
+
+class PreNorm(Own):
+    pass
+
+
+@pytest.mark.parametrize("build", [Own, PreNorm])
+def test_matrices_of_the_models_own_whatever_they_are_called(build):
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(3, 20)
+    found = find_layers(model, lambda m: m(x))
+    assert [(spec.name, spec.kind, spec.groups) for spec in found.layers] == [
+        ("weight", "parameter", 1),
+        ("bias", "parameter", 1),
+    ]
+    assert [kept.reason for kept in found.kept] == [f"parameter 'shift' of {build.__name__}"]
+    json.dumps([spec.to_json() for spec in found.layers])
+    for rate in (0.0, 1.0):
+        plan = Plan({"weight": LayerPlan(bits=4, quantizer="uniform"), "bias": LayerPlan()}, Recipe(rate=rate))
+        made_of = apply.compress(model, found.layers, plan, lambda *_: pytest.fail("no factors here"))
+        assert made_of.codes.keys() == {"weight"}
+        assert not made_of.shortened
+        plan = Plan(dict.fromkeys(("weight", "bias"), LayerPlan(bits=2, quantizer="uniform")), Recipe(rate=rate))
+        both = apply.compress(model, found.layers, plan, lambda *_: pytest.fail("no factors here"))
+        assert both.substitutes()["bias"].unique().numel() <= 3
+
+
+class Adapted(nn.Linear):
+    """A linear layer and a product of low rank beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+        self.down, self.up = nn.Parameter(torch.randn(4, 64)), nn.Parameter(torch.randn(64, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class TwoTables(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(40, 8)
+        self.other = nn.Parameter(torch.randn(40, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * F.embedding(tokens, self.other)
+
+
+def test_matrices_of_subclasses_are_layers_too():
+    torch.manual_seed(0)
+    found = find_layers(Adapted().eval(), lambda m: m(torch.randn(2, 64)))
+    assert {(spec.name, spec.kind) for spec in found.layers} == {
+        ("", "linear"),
+        ("down", "parameter"),
+        ("up", "parameter"),
+    }
+    found = find_layers(TwoTables().eval(), lambda m: m(TOKENS))
+    assert {(spec.name, spec.kind) for spec in found.layers} == {("", "embedding"), ("other", "parameter")}
+
+
+class TwoReaders(nn.Module):
+    """Two recurrent layers with one hidden weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.GRU(10, 8, batch_first=True), nn.GRU(8, 8, batch_first=True)
+        self.b.weight_hh_l0 = self.a.weight_hh_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(hx=None, input=self.a(x)[0])[0]
+
+
+def test_a_weight_of_two_recurrent_layers_answers_to_both_names():
+    torch.manual_seed(0)
+    model = TwoReaders().eval()
+    layers = find_layers(model, lambda m: m(SERIES)).layers
+    (shared,) = (spec for spec in layers if spec.shared_with)
+    assert (shared.name, shared.shared_with, shared.modules) == ("a.weight_hh_l0", ("b.weight_hh_l0",), ("a", "b"))
+    assert shared.macs == 2 * 6 * 24 * 8
+    rules = [{"match": "*", "bits": 4}, {"match": "b.weight_hh_l0", "bits": 2}]
+    plan = load_space({"version": 1, "layers": rules}, layers).middle(1.0)
+    assert plan.layers["a.weight_hh_l0"].bits == 2
+    found = apply.compress(model, layers, plan, lambda *_: pytest.fail("no factors here"))
+    back = artifact.restore(artifact.container.unpack(artifact.write(model, plan, found.encode(), "test")), model)
+    assert torch.allclose(back(SERIES), apply.call_with(found.module, found.substitutes(), SERIES), atol=1e-6)
+    assert back.b.weight_hh_l0.unique().numel() <= 4
+
+
+class Crossed(nn.Module):
+    """An attention whose inputs have different lengths, given by name in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(10, 2, batch_first=True, kdim=10, vdim=5)
+        self.same = nn.MultiheadAttention(10, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few, half = x[:, :2], x[..., :5]
+        return self.attention(value=half, key=x, query=few)[0] + self.same(few, value=x, key=x)[0]
+
+
+def test_products_of_inputs_given_by_name():
+    found = find_layers(Crossed().eval(), lambda m: m(SERIES))
+    macs = {spec.name: spec.macs for spec in found.layers if spec.kind == "attention"}
+    assert macs == {
+        "attention.q_proj_weight": 2 * 10 * 10,
+        "attention.k_proj_weight": 6 * 10 * 10,
+        "attention.v_proj_weight": 6 * 10 * 5,
+        "same.in_proj_weight": (2 + 6 + 6) * 100,
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["embedding", "gru", "transposed"])
+def test_nothing_is_said_of_inputs_that_are_not_looked_at(name):
+    model, inputs, _ = made(name)
+    compressed(model, inputs, LayerPlan(bits=3, rounding="hessian", saliency="hessian"))
+
+
+def test_tables_are_no_first_layer():
+    model, inputs, _ = made("embedding")
+    chain = nn.Sequential(model, nn.Linear(44, 44), nn.GRU(44, 8, batch_first=True)).eval()
+    layers = find_layers(chain, lambda m: m(inputs)).layers
+    assert [spec.kind for spec in layers] == ["parameter", "embedding", "linear", "recurrent", "recurrent"]
+    assert positions(layers) == [{"middle"}, {"middle"}, {"first"}, {"middle"}, {"last"}]
+    assert positions(layers[:2]) == [{"first"}, {"last"}]

@@ -128,18 +128,23 @@ def test_slow_steps_give_fewer_trials_and_not_short_ones(bench, monkeypatch, wor
     monkeypatch.setattr(bench, "steps_per_epoch", 300)
     monkeypatch.setattr(preflight, "_costs", lambda *_: (0.1, 2.0))
     way = {"trials": 60, "workers": workers, "threads": 1}
-    slow = (1.25 if workers > 1 else 1.0) * 60 / workers
+    chains = 1 + preflight.STEPS * workers
+    step = 0.1 * (1.25 if workers > 1 else 1.0) / workers
+
+    def spent(trials: int, steps: float) -> float:
+        return preflight.STARTUP_SECONDS + 8 * 2.0 + trials * (steps + 20) * step
+
     for seconds, fewer, whole in ((1000, True, False), (4000, True, True), (1000 * 60, False, True)):
         trials, epochs = preflight.filling(bench, space, seconds=seconds, **way, free=True)
         asked, shorter = preflight.filling(bench, space, seconds=seconds, **way, free=False)
         assert asked == 60
         assert (trials < 60) == fewer
-        assert trials >= 1 + 12 * workers
+        assert trials >= chains
         assert (epochs * 300 >= preflight.LEAST_STEPS - 1e-6) == whole
         assert epochs > shorter or not fewer
-        spent = preflight.STARTUP_SECONDS + 8 * 2.0 + slow / 60 * trials * (epochs * 30 + 2.0)
-        assert spent <= 0.9 * seconds + slow * 32
-    assert preflight.filling(bench, space, seconds=1000, **way, free=True)[0] == 1 + 12 * workers
+        if fewer and whole:  # no more trials could be so long
+            assert spent(trials + workers, preflight.LEAST_STEPS) > 0.9 * seconds
+    assert preflight.filling(bench, space, seconds=1000, **way, free=True)[0] == chains
 
 
 def test_what_cannot_be_measured_gives_no_epochs(bench, monkeypatch):

@@ -23,6 +23,7 @@ from autocompress.compress.artifact import SCALE, raw_tensor, unique_state
 from autocompress.compress.calibrate import is_layer
 from autocompress.compress.codes import Code, in_short, unit_of
 from autocompress.compress.factors import Factoriser
+from autocompress.compress.layers import NORMS
 from autocompress.compress.lineage import State
 from autocompress.compress.prepare import prepare
 from autocompress.compress.ranges import Range
@@ -30,16 +31,8 @@ from autocompress.compress.rate import BIAS_BITS, RatedCode
 from autocompress.compress.runtime import as_call
 from autocompress.compress.units import Kept, Units
 from autocompress.errors import PlanError, TrialFailed
-from autocompress.plan import FLOAT_BITS, SHORT_BITS, LayerPlan, LayerSpec, Plan, bias_beside, uncompressed
+from autocompress.plan import FLOAT_BITS, LOOKED_UP, SHORT_BITS, LayerPlan, LayerSpec, Plan, bias_beside, uncompressed
 
-_MULTIPLYING = (
-    nn.Linear,
-    nn.modules.conv._ConvNd,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var")
 _FAR = 16.0
 """Deviations from zero of a running mean beyond which bfloat16 moves it by more than a sixteenth of one."""
@@ -179,9 +172,7 @@ def compress(
     finite, and where there is no calibration; PlanError for units that cannot go.
     """
     module = copy.deepcopy(model)
-    for part in module.modules():
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
-            part.sparse = False  # gradients pass through codes, which are dense
+    _with_dense_gradients(module)
     made = Factoriser(model, svds) if factoriser is None else factoriser
     plan = replace(plan, layers={spec.name: made.settled(spec, plan.layers[spec.name]) for spec in specs})
     kept = _kept(plan, specs, units)
@@ -200,6 +191,13 @@ def compress(
     found = _ranges(module, specs, plan, start, grids)
     paid = 0.0 if start is None else start.plan.recipe.rate
     return Compressed(module, plan, codes, _aliases(module, codes), paid, ranges=found, beside=beside)
+
+
+def _with_dense_gradients(module: nn.Module) -> None:
+    """Codes are dense, and so are the gradients that pass through them to a table."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False
 
 
 def _in_place(
@@ -244,6 +242,9 @@ def _codes(
         key: {} if start is None else _learned(start, plan, spec.name, moved) for key, spec in keys.items()
     }
     rows = {key: kept.rows[spec.name] for key, spec in _last(keys) if spec.name in kept.rows}
+    for key, stays in _padding(module).items():
+        rows[key] = stays & rows[key].to(stays.device) if key in rows else stays
+    tables = frozenset(key for key, spec in keys.items() if spec.kind in LOOKED_UP)
     plans = {key: plan.layers[spec.name] for key, spec in keys.items()}
     plans = {key: layer for key, layer in plans.items() if layer != LayerPlan()}
     by_key = replace(plan, layers=plans)
@@ -256,12 +257,14 @@ def _codes(
     }
     codes: dict[str, Code | RatedCode] = {}
     for key, layer in plans.items():
-        if is_rated(plan, layer):
+        if is_rated(plan, layer) and bias_beside(key) not in keys:
             codes |= _rated_bias(module, key, learned[key], rows.get(key))
         if key not in looked_at:
-            codes[key] = _code(module, by_key, key, learned[key], rows=rows)
+            codes[key] = _code(module, by_key, key, learned[key], rows=rows, tables=tables)
     if looked_at:
-        codes |= _calibrated(module, replace(plan, layers=looked_at), codes, learned, calibration, rows=rows)
+        codes |= _calibrated(
+            module, replace(plan, layers=looked_at), codes, learned, calibration, rows=rows, tables=tables
+        )
         codes = {key: codes[key] for key in unique_state(module) if key in codes}
     return codes
 
@@ -340,7 +343,7 @@ def _ranges(
         if grids is None:
             raise PlanError(f"layer {spec.label!r}: activation_bits is {bits}, allowed: 32 (no inputs to calibrate on)")
         grid = grids(spec, bits)
-        device = next((parameter.device for parameter in module.get_submodule(spec.module).parameters()), None)
+        device = next((parameter.device for parameter in module.get_submodule(spec.name).parameters()), None)
         made = Range(grid, device)
         if start is not None and start.plan.layers[spec.name].activation_bits == bits:
             made.with_state(start.tensors[f"{spec.name}#act"])
@@ -358,6 +361,7 @@ def _calibrated(
     calibration: Callable[[], Any] | None,
     *,
     rows: Mapping[str, Tensor],
+    tables: Collection[str],
 ) -> dict[str, Code | RatedCode]:
     """The codes of weights whose plans ask for the layers' inputs; the plan's layers are those, by state key."""
     if calibration is None:
@@ -386,14 +390,14 @@ def _calibrated(
         return prepared if stays is None else solve.among_rows(prepared, weight, stays)
 
     def values(key: str, prepared: solve.Prepared) -> Tensor:
-        codes[key] = _code(module, plan, key, learned[key], prepared, rows=rows)
+        codes[key] = _code(module, plan, key, learned[key], prepared, rows=rows, tables=tables)
         return codes[key].values().detach()
 
     plain = {key: code.values().detach() for key, code in others.items()}
     prepare(module, plain, labels, solved, values, lambda model: call_with(model, {}, inputs))
     for key in plan.layers:
         if key not in codes:
-            codes[key] = _code(module, plan, key, {}, rows=rows)
+            codes[key] = _code(module, plan, key, {}, rows=rows, tables=tables)
     return codes
 
 
@@ -405,14 +409,17 @@ def _code(
     prepared: solve.Prepared | None = None,
     *,
     rows: Mapping[str, Tensor],
+    tables: Collection[str],
 ) -> Code | RatedCode:
-    """A weight's code: from what was prepared, else from what was learned, else from itself. The plan is by key."""
+    """A weight's code: from what was prepared, else from what was learned, else from itself. The plan is by key.
+
+    `rows`: those that stay, of weights that lose some; `tables`: the keys of what is looked up.
+    """
     weight, layer = module.get_parameter(key), plan.layers[key]
     stays = rows[key].to(weight.device) if key in rows else None
     if is_rated(plan, layer):
-        step, start = _rated(weight, layer, learned, key, prepared, rows=stays)
-        unit = unit_of(weight, learned, key)
-        return RatedCode(start, layer.bits, step, unit, stays, looked_up=_is_looked_up(module, key))
+        begun, step = _rated(weight, layer, learned, key, prepared, rows=stays)
+        return RatedCode(begun, layer.bits, step, unit_of(weight, learned, key), stays, looked_up=key in tables)
     return Code(weight, layer, learned, key, prepared, rows=stays)
 
 
@@ -429,24 +436,31 @@ def _rated(
     prepared: solve.Prepared | None,
     *,
     rows: Tensor | None,
-) -> tuple[Tensor | float, Tensor]:
-    """Where a weight under a rate begins: the grid's step, least squares unless known, and the float weights.
+) -> tuple[Tensor, Tensor | float]:
+    """Where a weight under a rate begins: the float weights, and the grid's step, least squares unless it is known.
 
     What lies below the threshold starts at zero.
     """
     if prepared is not None and prepared.step is not None:
-        return prepared.step, prepared.weight
+        return prepared.weight, prepared.step
     step = learned.get(f"{key}#step")
     if step is not None:
-        return step, weight
+        return weight, step
     kept = weight * prune.kept_mask(weight, layer.threshold, unit_of(weight, learned, key), rows)
-    return quantize.grid_step(kept[kept != 0], layer.bits), kept
+    return kept, quantize.grid_step(kept[kept != 0], layer.bits)
 
 
-def _is_looked_up(module: nn.Module, key: str) -> bool:
-    """Whether a weight's rows may be picked by an example's values: what is not known to multiply."""
-    owner = module.get_submodule(key.rpartition(".")[0])
-    return not isinstance(owner, _MULTIPLYING)
+def _padding(module: nn.Module) -> dict[str, Tensor]:
+    """By state key the rows of tables that are no padding of zeros: no gradient would mend what a code made of it."""
+    first = {id(tensor): key for key, tensor in unique_state(module).items()}
+    found: dict[str, Tensor] = {}
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.padding_idx is not None:
+            stays = part.weight.new_ones(len(part.weight), dtype=torch.bool)
+            stays[part.padding_idx] = bool(part.weight[part.padding_idx].any())
+            if not stays.all():
+                found[first[id(part.weight)]] = stays
+    return found
 
 
 def _rated_bias(
@@ -457,8 +471,8 @@ def _rated_bias(
     The first step is a quarter of the biases' root mean square, or what it takes to reach the largest.
     """
     name = bias_beside(key)
-    bias = dict(module.named_parameters()).get(name)
-    if bias is None or bias.dtype != torch.float32 or not bias.requires_grad:
+    bias = dict(module.named_parameters()).get(name or "")
+    if name is None or bias is None or bias.dtype != torch.float32 or not bias.requires_grad:
         return {}
     if not torch.isfinite(bias).all():
         raise TrialFailed(f"bias {name!r} holds values that are not finite")
@@ -480,10 +494,11 @@ def shortened(module: nn.Module, plan: Plan) -> frozenset[str]:
         for name in short
     }
     if len(short) == len(plan.layers):
-        owners |= {name: _short_state(part) for name, part in module.named_modules() if isinstance(part, _NORMS)}
+        owners |= {name: _short_state(part) for name, part in module.named_modules() if isinstance(part, NORMS)}
     state = unique_state(module)
-    wanted = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
+    wanted: set[str | None] = {f"{name}.{what}".lstrip(".") for name, whats in owners.items() for what in whats}
     wanted |= {bias_beside(name) for name in short if name in state}  # weights that are layers by themselves
+    wanted -= plan.layers.keys()
     return frozenset(key for key in wanted if key in state and state[key].dtype == torch.float32)
 
 
@@ -582,19 +597,14 @@ def in_fast_layout(tensor: Tensor) -> Tensor:
 def call_with(module: nn.Module, substitutes: Mapping[str, Tensor], inputs: Any) -> Any:
     """The module's output with some of its tensors substituted, for a tensor, tuple or mapping of inputs."""
     args, kwargs = as_call(inputs)
-    with _in_recurrent(module, substitutes):
+    with _lists_held(module):
         return torch.func.functional_call(module, dict(substitutes), args, kwargs, tie_weights=False)
 
 
 @contextmanager
-def _in_recurrent(module: nn.Module, substitutes: Mapping[str, Tensor]) -> Iterator[None]:
-    """Recurrent layers compute with a list of their weights, which `functional_call` leaves as it is."""
-    held: list[tuple[nn.RNNBase, list[Any]]] = []
-    for path, part in module.named_modules():
-        if isinstance(part, nn.RNNBase):
-            held.append((part, part._flat_weights))
-            keys = [f"{path}.{name}".lstrip(".") for name in part._flat_weights_names]
-            part._flat_weights = [substitutes.get(k, w) for k, w in zip(keys, part._flat_weights, strict=True)]
+def _lists_held(module: nn.Module) -> Iterator[None]:
+    """Recurrent layers keep a list of the weights of their last call: substitutes left there could not be copied."""
+    held = [(part, part._flat_weights) for part in module.modules() if isinstance(part, nn.RNNBase)]
     try:
         yield
     finally:

@@ -79,7 +79,7 @@ class Estimator:
         self._state = artifact.unique_state(model)
         first = {id(tensor): key for key, tensor in self._state.items()}
         self._layer_of = {first[id(model.get_parameter(spec.key))]: spec for spec in specs}
-        self._bias_of = {bias_beside(spec.key): spec for spec in specs}
+        self._bias_of = {key: spec for spec in specs if (key := bias_beside(spec.key)) is not None}
         self._pieces: dict[tuple[Any, ...], _Whole | _Factor] = {}
         self._plain: dict[tuple[str, bool, str], int] = {}
         self._logs: dict[tuple[Any, ...], float] = {}

@@ -12,17 +12,15 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from autocompress.compress import lowrank
+from autocompress.compress.calibrate import is_layer
 from autocompress.errors import TaskError
-from autocompress.plan import PARAMETERS, LayerPlan, LayerSpec, Plan
+from autocompress.plan import PARAMETERS, SEEN, LayerPlan, LayerSpec, Plan
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
-}
-"""Of modules whose weight multiplies their inputs, row by row."""
-OTHERS: dict[type[nn.Module], str] = {
     nn.Embedding: "embedding",
     nn.EmbeddingBag: "embedding",
     nn.ConvTranspose1d: "transposed",
@@ -32,9 +30,18 @@ OTHERS: dict[type[nn.Module], str] = {
     nn.RNNCellBase: "recurrent",
     nn.MultiheadAttention: "attention",
 }
-"""Of modules whose weights are compressed whole, and looked at without their inputs."""
+"""Of torch's modules; all other matrices are of the kind "parameter"."""
+WHOLE = {
+    "embedding": "a table that is looked up",
+    "transposed": "transposed convolution",
+    "recurrent": "one of several weights of a recurrent layer",
+    "attention": "one of several weights of an attention",
+    "parameter": "a matrix of the model's own",
+}
+"""Why layers of a kind have no factors, and their inputs are not looked at."""
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 FEWEST = 256
-"""Elements from which a matrix that is none of these modules' is worth knobs of its own."""
+"""Elements from which a matrix of the model's own is worth knobs of its own."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ def find_layers(model: nn.Module, call: Callable[[nn.Module], Any]) -> Inventory
         found = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         raise TaskError(
             f"model {type(model).__name__} has no layer to compress: it holds {', '.join(found)}, "
-            "compressible are the weights of linear layers, convolutions, recurrent layers, embeddings and attention, "
-            f"and other matrices of {FEWEST} or more elements"
+            "compressible are weights of linear layers, convolutions, recurrent layers, embeddings (without max_norm) "
+            f"and attention, and other matrices of {FEWEST} or more elements"
         )
     macs = _count_macs(model, layers, call)
     layers = [replace(spec, macs=macs[spec.name]) for spec in layers]
@@ -135,91 +142,86 @@ def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
     first, tensor = sites[0], _tensor(sites[0])
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         raise TaskError(f"parameter {first.key!r} is not initialised: run one batch through the model first")
-    home = next((s for s in sites if s.attribute == "weight" and _kind(s.module)), None)
     if first.attribute in first.module._buffers:
         return "buffer"
-    kind = _kind(home.module) if home else _other_kind(first, tensor)
-    home = home or first
+    home = next((s for s in sites if s.attribute == "weight" and is_layer(s.module)), first)
+    kind, reason = _kind_of(home, tensor)
     if not kind:
-        return _reason(first)
+        return reason
     if not tensor.is_floating_point():
         return f"weights are {str(tensor.dtype).removeprefix('torch.')}, not real floating point"
     if tensor.numel() < 2:
         return "a single weight"
-    module, others = home.module, tuple(s.path for s in sites if s is not home)
+    module, others = home.module, [s for s in sites if s is not home]
+    groups = getattr(module, "groups", 1) if kind in SEEN else 1
     because = ""
-    if kind not in KINDS.values():
-        because = _WHOLE[kind]
+    if kind not in SEEN:
+        because = WHOLE[kind]
     elif others:
-        because = f"shared with {', '.join(o or 'model' for o in others)}"
-    elif getattr(module, "groups", 1) > 1:
+        because = f"shared with {', '.join(o.path or 'model' for o in others)}"
+    elif groups > 1:
         because = "grouped convolution"
     elif type(module).forward is not _base(module).forward:
         because = f"{type(module).__name__} has a forward of its own"
     elif module._forward_hooks or module._forward_pre_hooks:
         because = "the module has hooks"
+    own = kind in PARAMETERS
     return LayerSpec(
-        name=home.key if kind in PARAMETERS else home.path,
+        name=home.key if own else home.path,
         kind=kind,
         shape=tuple(tensor.shape),
         macs=0,
-        groups=getattr(module, "groups", 1),
-        shared_with=others,
+        groups=groups,
+        shared_with=tuple(site.key if own else site.path for site in others),
         factorable=not because,
         whole_because=because,
     )
-
-
-_WHOLE = {
-    "embedding": "a table that is looked up",
-    "transposed": "transposed convolution",
-    "recurrent": "one of several weights of a recurrent layer",
-    "attention": "one of several weights of an attention",
-    "parameter": "no linear layer's or convolution's",
-}
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
     return next(base for base in KINDS if isinstance(module, base))
 
 
-def _kind(module: nn.Module) -> str:
-    """Of a module with one weight that multiplies its inputs."""
-    return next((kind for base, kind in KINDS.items() if isinstance(module, base)), "")
+def _kind_of(site: _Site, tensor: torch.Tensor) -> tuple[str, str]:
+    """A parameter's kind, or "" and why it is carried exactly."""
+    module, owner = site.module, type(site.module).__name__
+    if owner == "ParametrizationList":
+        return "", "parametrized weight (weight_norm, spectral_norm and the like)"
+    if isinstance(module, NORMS):
+        return "", f"{site.attribute} of {owner}"
+    kind = next((kind for base, kind in KINDS.items() if isinstance(module, base)), "parameter")
+    if kind == "embedding" and module.max_norm is not None:
+        return "", "embedding table that is normalised in each call (max_norm)"
+    if kind != "parameter" and _names_weight(site.attribute, kind) and tensor.dim() > 1:
+        return kind, ""
+    if kind not in PARAMETERS and "weight" not in module._parameters:
+        return "", f"parameter {site.attribute!r} of a {owner} whose weight is made from it"
+    return _own(site, tensor)
 
 
-def _other_kind(site: _Site, tensor: torch.Tensor) -> str:
-    """The kind of any other matrix that can be coded, "" for what is carried exactly."""
-    module = site.module
-    if tensor.dim() < 2 or _kind(module) or "Norm" in type(module).__name__ or _is_computed(module):
-        return ""
-    if getattr(module, "max_norm", None) is not None:  # which changes the table in each call
-        return ""
-    kind = next((kind for base, kind in OTHERS.items() if isinstance(module, base)), "parameter")
-    if kind == "parameter":
-        return kind if tensor.numel() >= FEWEST and sum(size > 1 for size in tensor.shape) > 1 else ""
-    if kind not in PARAMETERS:
-        return kind if site.attribute == "weight" else ""
-    return kind if "weight" in site.attribute else ""
-
-
-def _is_computed(module: nn.Module) -> bool:
-    return type(module).__name__ == "ParametrizationList"
-
-
-def _reason(site: _Site) -> str:
+def _own(site: _Site, tensor: torch.Tensor) -> tuple[str, str]:
+    """The same of a parameter that is no weight of torch's modules."""
     owner = type(site.module).__name__
-    if _is_computed(site.module):
-        return "parametrized weight (weight_norm, spectral_norm and the like)"
-    if "bias" in site.attribute:
-        return f"bias of {owner}"
-    if _kind(site.module):
-        return f"parameter {site.attribute!r} of a {owner} whose weight is made from it"
-    if getattr(site.module, "max_norm", None) is not None:
-        return "embedding table that is normalised in each call (max_norm)"
-    if "Norm" in owner:
-        return f"{site.attribute} of {owner}"
-    return f"parameter {site.attribute!r} of {owner}, which is no matrix of {FEWEST} or more elements"
+    if sum(size > 1 for size in tensor.shape) > 1:
+        few = f"parameter {site.attribute!r} of {owner}, a matrix of fewer than {FEWEST} elements"
+        return ("parameter", "") if tensor.numel() >= FEWEST else ("", few)
+    return "", f"{'bias' if 'bias' in site.attribute else f'parameter {site.attribute!r}'} of {owner}"
+
+
+def _names_weight(attribute: str, kind: str) -> bool:
+    """Whether modules of a kind call a weight so."""
+    if kind == "attention":
+        return attribute in _PROJECTIONS
+    return attribute.startswith("weight_") if kind == "recurrent" else attribute == "weight"
+
+
+_PROJECTIONS = {
+    "in_proj_weight": ("query", "key", "value"),
+    "q_proj_weight": ("query",),
+    "k_proj_weight": ("key",),
+    "v_proj_weight": ("value",),
+}
+"""What an attention's weights multiply."""
 
 
 def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[nn.Module], Any]) -> dict[str, int]:
@@ -234,7 +236,7 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
 
     def count(spec: LayerSpec) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            macs[spec.name] += _multiplications(module, spec, (*args, *kwargs.values()), output)
+            macs[spec.name] += _multiplications(module, spec, args, kwargs, output)
 
         return hook
 
@@ -245,7 +247,7 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
     probe.register_forward_pre_hook(note_examples, with_kwargs=True)
 
     for spec in layers:
-        users = {id(modules[path]): modules[path] for path in (spec.module, *spec.shared_with)}
+        users = {id(modules[path]): modules[path] for path in spec.modules}
         for module in users.values():
             module.register_forward_hook(count(spec), with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -253,23 +255,30 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
     return {name: count // max(1, examples[0]) for name, count in macs.items()}
 
 
-def _multiplications(module: nn.Module, spec: LayerSpec, args: Sequence[Any], output: Any) -> int:
+def _multiplications(
+    module: nn.Module, spec: LayerSpec, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+) -> int:
     """Multiply-accumulates of a weight in one call of a module, 0 where it is looked up or nothing is known."""
-    numel = spec.parameters
-    if _kind(module):
-        return output.numel() // spec.shape[0] * numel  # type: ignore[no-any-return]
-    given = [a for a in args if isinstance(a, torch.Tensor | PackedSequence)]
-    tensors = [a.data if isinstance(a, PackedSequence) else a for a in given]
-    if not tensors:
-        return 0
+
+    def given(name: str, order: int = 0) -> torch.Tensor:
+        """An input, empty where there is none."""
+        found = kwargs.get(name, args[order] if order < len(args) else None)
+        found = found.data if isinstance(found, PackedSequence) else found
+        return found if isinstance(found, torch.Tensor) else torch.empty(0, 1)
+
+    def vectors(name: str, order: int = 0) -> int:
+        return given(name, order).numel() // max(1, given(name, order).shape[-1])
+
+    if is_layer(module):
+        return output.numel() // spec.shape[0] * spec.parameters  # type: ignore[no-any-return]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return tensors[0].numel() // spec.shape[0] * numel
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return tensors[0].numel() // module.input_size * numel
-    if isinstance(module, nn.MultiheadAttention):
-        places = [tensor.numel() // tensor.shape[-1] for tensor in tensors[:3]]  # of query, key and value
-        which = "qkv".find(spec.name.rpartition(".")[2][0])
-        return sum(places) * numel // 3 if which < 0 else places[which] * numel
+        return given("input").numel() // spec.shape[0] * spec.parameters
+    if spec.kind == "recurrent" and isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return vectors("input") * spec.parameters
+    if spec.kind == "attention" and isinstance(module, nn.MultiheadAttention):
+        read = _PROJECTIONS[spec.name.rpartition(".")[2]]
+        every = _PROJECTIONS["in_proj_weight"]
+        return sum(vectors(name, every.index(name)) for name in read) * spec.parameters // len(read)
     return 0
 
 

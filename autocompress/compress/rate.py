@@ -45,8 +45,8 @@ class RatedCode:
 
     `weights` (the tensor's shape) and `log_step` () are leaf tensors that an optimiser trains. Nothing is
     masked: what rounds to zero may come back, but for the rows that do not stay (`rows`, bool (out,)). `unit` is what
-    thresholds count in. Of a table that is `looked_up` a row may be needed that no example of an epoch has: nothing of
-    it is ever `silent`.
+    thresholds count in. Of a table that is `looked_up` a row may be needed that no training example has: nothing of it
+    is ever `silent`, and rows that no gradient has reached cost nothing, else the price alone would make them zero.
     """
 
     table: Tensor | None = None
@@ -113,10 +113,17 @@ class RatedCode:
             step = self.step
             u = self.weights / step
             slope = slopes(u, self.odds, self.rises)
+            if self.looked_up:
+                slope.mul_(self._met().to(slope))
             self._pulls = slope.div(step), torch.dot(slope.flatten(), u.flatten())
         on_weights, on_step = self._pulls
         self.weights.grad.add_(on_weights, alpha=price)
         self.log_step.grad.sub_(on_step, alpha=price)
+
+    def _met(self) -> Tensor:
+        """Which rows any gradient has reached so far, of as many axes as the weights."""
+        heard = self._heard.flatten(1).amax(1) != 0
+        return heard.view(-1, *(1 for _ in self._heard.shape[1:]))
 
     @torch.no_grad()
     def silent(self) -> Tensor | None:

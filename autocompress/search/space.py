@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from autocompress.errors import SpaceError
-from autocompress.plan import FLOAT_BITS, LayerPlan, LayerSpec, Plan, Recipe
+from autocompress.plan import FLOAT_BITS, LOOKED_UP, LayerPlan, LayerSpec, Plan, Recipe
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -259,9 +259,10 @@ def ladder(space: Space, specs: Sequence[LayerSpec], steps: int) -> list[dict[st
     """
     strengths = [0.5] if steps == 1 else [step / (steps - 1) for step in range(steps)]
     owners = {layer.spec.name: layer.owner for layer in space.layers}
+    places = positions(specs)
     portions, firmness = shares(specs), dict.fromkeys(owners.values(), 0.0)
     for index, spec in enumerate(specs):
-        at_end = position(index, len(specs)) != {"middle"} and portions[index] * len(specs) < 1
+        at_end = places[index] != {"middle"} and portions[index] * len(specs) < 1
         factor = 0.5 if size_class(portions, index) == "small" else 0.75 if at_end else 1.0
         firmness[owners[spec.name]] = max(firmness[owners[spec.name]], factor)
     rungs: dict[str, dict[str, float]] = {}
@@ -338,9 +339,11 @@ def shares(specs: Sequence[LayerSpec]) -> list[float]:
     return [spec.parameters / total for spec in specs]
 
 
-def position(index: int, count: int) -> set[str]:
-    ends = {"first"} if index == 0 else set()
-    return (ends | {"last"} if index == count - 1 else ends) or {"middle"}
+def positions(specs: Sequence[LayerSpec]) -> list[set[str]]:
+    """Of each layer: first, last (both if it is the only one) or middle, tables that are looked up not counted."""
+    counted = [index for index, spec in enumerate(specs) if spec.kind not in LOOKED_UP] or list(range(len(specs)))
+    ends = {"first": counted[0], "last": counted[-1]}
+    return [{name for name, at in ends.items() if at == index} or {"middle"} for index in range(len(specs))]
 
 
 def size_class(portions: Sequence[float], index: int) -> str:

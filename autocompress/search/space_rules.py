@@ -38,14 +38,15 @@ from autocompress.search.space import (
     Space,
     fraction_of_rank,
     listed,
-    position,
+    positions,
     rank_within,
     shares,
     size_class,
 )
 
 VERSION = 1
-KINDS = ("linear", "conv", *SEEN[1:], *UNSEEN)
+KINDS = ("conv", *SEEN, *UNSEEN)
+"""conv: any convolution but the transposed ones."""
 POSITIONS = ("first", "middle", "last")
 SIZES = ("small", "large")
 FULL = "full"
@@ -315,12 +316,12 @@ def _matches(pattern: str, spec: LayerSpec) -> bool:
 
 def _settle(rules: Sequence[_Rule], specs: Sequence[LayerSpec]) -> list[_Settled]:
     """For each layer, each option's value and the last matching rule that sets it."""
-    portions = shares(specs)
+    portions, places = shares(specs), positions(specs)
     settled: list[_Settled] = []
     for index, spec in enumerate(specs):
         tags = {
             "kind": {spec.kind, "conv" if spec.kind.startswith("conv") else spec.kind},
-            "position": position(index, len(specs)),
+            "position": places[index],
             "size": {size_class(portions, index)},
         }
         chosen: dict[str, tuple[Any, _Rule | None]] = {key: (value, None) for key, value in _UNTOUCHED.items()}
