@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("autocompress")
 DEFAULT_TRIALS = 40
-"""Of a study; with the sampler "continuation" a time budget may hold more."""
+"""Of a study; with the sampler "continuation" a time budget may hold more, or fewer longer ones."""
 RUNGS = (0.0, 0.25, 1.0)
 """Shares of the finetuning at which a trial is measured; it may be stopped at the one in the middle."""
 _PACKAGES = ("torch", "optuna", "ray", "mlflow", "numpy", "llvmlite")
@@ -325,7 +325,8 @@ def _space(space: Any, bench: Workbench, target: str, *, along: bool, timed: boo
     found, unseen = preflight.where_seen(found, bench)
     if unseen:
         names = ", ".join(map(repr, unseen))
-        _log.warning("inputs of %s keep 32 bits: no example reaches them, or their parent computes by itself", names)
+        why = "no example reaches them, their parent computes by itself, or layers of their kind are not looked at"
+        _log.warning("inputs of %s keep 32 bits: %s", names, why)
     found, whole = preflight.where_cut(found, bench)
     if whole:
         _log.info("%s", preflight.kept_whole(whole))
@@ -579,6 +580,11 @@ def _same_study(old: Settings, new: Settings) -> None:
     _same_values(
         old, ("target", old.target, new.target), ("latency", str(old.timing or "none"), str(new.timing or "none"))
     )
+    if [spec.name for spec in old.layers] != [spec.name for spec in new.layers]:
+        raise StudyError(
+            f"study {old.study!r} has {len(old.layers)} layers, the model now {len(new.layers)}: another version of "
+            "autocompress may find other ones: give another --study name"
+        )
     _same_fingerprints(old, new, {"space"} & new.fingerprint.keys())
     _same_values(old, ("finetune-epochs", old.epochs, new.epochs), ("effort", old.effort, new.effort))
     _same_values(old, ("inherit", old.inherit, new.inherit))

@@ -173,8 +173,9 @@ class LayerPlan:
     channel scheme at `rank`.
     `rounding` "hessian" minimises the error of the layer's outputs; `granularity` is what has a scale of its own: the
     tensor, a channel (an output's row), or so many consecutive weights of a row. Saliency and rounding but the first
-    ones look at the training data. Under a `Recipe.rate` there is one scale, and "hessian" chooses levels by the error
-    they make and the bits they cost, from which finetuning goes on; without it saliency has no effect.
+    ones look at the training data, and have no effect on layers whose inputs are not looked at (`LayerSpec.seen`).
+    Under a `Recipe.rate` there is one scale, and "hessian" chooses levels by the error they make and the bits they
+    cost, from which finetuning goes on; without it saliency has no effect.
     `activation_bits`, one of `ACTIVATION_BITS`, are those of the layer's inputs; 32 leaves them as they are.
     `width` is the share of the layer's output units that is kept (`LayerSpec.units`); the whole rows of the others, of
     least saliency (`compress/units.py`), are zero, and `threshold` prunes among the rows that are kept. Layers whose

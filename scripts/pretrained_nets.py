@@ -412,7 +412,7 @@ def llama_15m(folder: Path) -> Task:
 
 
 class Lstm(nn.Module):
-    """One direction of an LSTM of two linear layers, so that both are compressed: (N, time, width) to the same."""
+    """One direction of an LSTM of two linear layers, so that both may have factors: (N, time, width) to the same."""
 
     def __init__(self, width: int, backward: bool) -> None:
         super().__init__()
@@ -443,7 +443,7 @@ class BiLstm(nn.Module):
 
 
 class WholeBiLstm(nn.Module):
-    """What `BiLstm` computes, of torch's own LSTM: the operation of ONNX graphs, but no layer that is compressed."""
+    """What `BiLstm` computes, of torch's own LSTM: the operation of ONNX graphs, whose weights have no factors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

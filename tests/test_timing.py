@@ -22,7 +22,7 @@ from autocompress.deploy.target import check_target
 from autocompress.errors import StudyError, UsageError
 from autocompress.folders import Records
 from autocompress.limits import parse_latency
-from autocompress.plan import Measurement
+from autocompress.plan import LayerSpec, Measurement
 from autocompress.record import Latency, fastest_of, name_points
 from autocompress.results import pick
 from autocompress.search.samplers import OPTUNA
@@ -280,6 +280,15 @@ def test_a_study_goes_on_with_its_own_latency():
     for timing, said in ((Timing(8, limit="3ms"), "at most 3ms"), (Timing(1, limit="2ms"), "batch 1"), (None, "none")):
         with pytest.raises(StudyError, match=rf"exists with latency batch 8, at most 2ms, not .*{said}"):
             api._same_study(old, replace(old, timing=timing, fingerprint={**old.fingerprint, "space": "its default"}))
+
+
+def test_a_study_of_other_layers_is_told_by_them():
+    """The space's fingerprint differs too, though its file is the same."""
+    one, two = (LayerSpec(name, "linear", (4, 3), 12) for name in ("0", "2"))
+    old = replace(settings(), layers=(one,))
+    api._same_study(old, old)
+    with pytest.raises(StudyError, match=r"has 1 layers, the model now 2: another version"):
+        api._same_study(old, replace(old, layers=(one, two), fingerprint={**old.fingerprint, "space": "another"}))
 
 
 def test_the_space_that_is_searched_for_time():

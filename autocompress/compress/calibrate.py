@@ -5,7 +5,8 @@ convolution a patch (stride, padding and dilation as the layer has them), for a 
 
 Of a layer that is called in several places the inputs of all calls count. Where a parent computes with a weight by
 itself (nn.MultiheadAttention with its out_proj) the inputs cannot be seen: such layers have no entry, and
-who asks falls back on inputs that are all alike (activation and Hessian are then magnitude).
+who asks falls back on inputs that are all alike (activation and Hessian are then magnitude). Nor have layers of kinds
+whose inputs are not looked at (`LayerSpec.seen`).
 """
 
 from __future__ import annotations
@@ -143,8 +144,7 @@ def largest_input(
     def note(_: str, __: nn.Module, x: Tensor) -> None:
         most[0] = max(most[0], x.numel())
 
-    places = {spec.name: [model.get_submodule(spec.name)] for spec in specs if spec.seen}
-    with torch.no_grad(), watched(model, places, note):
+    with torch.no_grad(), watched(model, places_of(model, specs), note):
         call(model, inputs)
     return most[0] // examples_in(inputs)
 

@@ -68,7 +68,10 @@ def pooled(inputs: Tensor, kind: str) -> Tensor:
 
 
 def last_layer(model: nn.Module, specs: Sequence[LayerSpec], call: Callable[[], Any]) -> LayerSpec:
-    """The layer that runs last when `call()` runs the model. Raises TrialFailed where none is called."""
+    """The layer, of those whose inputs are seen, that runs last when `call()` runs the model.
+
+    Raises TrialFailed where none is called.
+    """
     ran: list[LayerSpec] = []
     owners = [(spec, name) for spec in specs if spec.seen for name in (spec.name, *spec.shared_with)]
     hooks = [

@@ -231,8 +231,8 @@ class Grids:
         if key not in self._fitted:
             values = self._values.get(spec.name)
             if values is None:
-                because = "a parent module computes with its weight by itself, or no example reaches it"
-                because = because if spec.seen else spec.whole_because
+                reached = "a parent module computes with its weight by itself, or no example reaches it"
+                because = reached if spec.seen else f"{spec.whole_because}, whose inputs are not looked at"
                 raise PlanError(f"layer {spec.label!r}: activation_bits is {bits}, allowed: 32 ({because})")
             self._fitted[key] = fitted(values, bits)
         return self._fitted[key]

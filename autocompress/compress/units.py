@@ -121,7 +121,9 @@ class Units:
         if self.wiring.problem:
             return self.wiring.problem
         place = self.wiring.outputs.get(spec.name)
-        return "what becomes of its outputs is not understood" if place is None else self.wiring.groups[place].why
+        if place is not None:
+            return self.wiring.groups[place].why
+        return "what becomes of its outputs is not understood" if spec.seen else spec.whole_because
 
     def check(self, plan: Plan) -> None:
         """Raise PlanError where a layer is to lose units that must stay, or that others of its group keep."""
