@@ -153,6 +153,11 @@ def check_space(space: Space, bench: Workbench) -> None:
         check_precision(plan.recipe.precision, bench.device)
     except PlanError as error:
         raise SpaceError(f"the search space holds plans that cannot work: {error}") from error
+    if plan.recipe.infomax and not any(spec.seen for spec in bench.layers):
+        raise SpaceError(
+            f"the search space sets infomax ({plan.recipe.infomax:g}), which needs a linear layer or a convolution, "
+            "and the model has none"
+        )
 
 
 def where_seen(space: Space, bench: Workbench) -> tuple[Space, list[str]]:

@@ -66,9 +66,9 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
         for layer in plan.layers.values()
     ):
         return "uncompressed"
-    total = sum(specs[name].parameters for name in plan.layers)
 
-    def mean(values: dict[str, float]) -> float:
+    def mean(values: Mapping[str, float]) -> float:
+        total = sum(specs[name].parameters for name in values)
         return sum(specs[name].parameters * value for name, value in values.items()) / total
 
     parts = [f"{mean({name: layer.bits for name, layer in plan.layers.items()}):.1f} bits"]
@@ -83,7 +83,8 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
     if any(layer.threshold for layer in plan.layers.values()):
         parts.append(f"< {mean({name: layer.threshold for name, layer in plan.layers.items()}):.1f} std")
     if any(layer.activation_bits != LayerPlan.activation_bits for layer in plan.layers.values()):
-        parts.append(f"inputs {mean({name: layer.activation_bits for name, layer in plan.layers.items()}):.1f} bits")
+        bits = {name: layer.activation_bits for name, layer in plan.layers.items() if specs[name].seen}
+        parts.append(f"inputs {mean(bits):.1f} bits")
     if plan.recipe.rate:
         parts.append(f"rate {plan.recipe.rate:.2g}")
     if plan.recipe.infomax:

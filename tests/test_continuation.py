@@ -329,7 +329,7 @@ def test_a_time_budget_decides_how_long_trials_finetune(tmp_path, local, one_thr
 
 
 def test_a_time_budget_decides_how_many_trials_there_are(tmp_path, local, one_thread, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(preflight, "filling", lambda *_, trials, more, **__: (4 if more else trials, 1.0))
+    monkeypatch.setattr(preflight, "filling", lambda *_, trials, free, **__: (4 if free else trials, 1.0))
     options = {"sampler": "continuation", "workers": 1, "finetune_epochs": None, "time_budget": "1m"}
     assert len(searched(tmp_path, None, name="fills", **options).record.trials) == 4
     assert len(searched(tmp_path, None, name="fills", **options).record.trials) == 4  # as it was begun

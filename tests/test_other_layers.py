@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autocompress
+from autocompress import report
 from autocompress.compress import apply, artifact
 from autocompress.compress.layers import find_layers
 from autocompress.compress.rate import RatedCode
+from autocompress.errors import SpaceError
 from autocompress.plan import LayerPlan, Plan, Recipe
+from autocompress.preflight import check_space
 from autocompress.search.space import positions
 from autocompress.search.space_file import load_space
 from autocompress.trial import Budget, Workbench, run_trial
@@ -464,3 +468,78 @@ def test_tables_are_no_first_layer():
     assert [spec.kind for spec in layers] == ["parameter", "embedding", "linear", "recurrent", "recurrent"]
     assert positions(layers) == [{"middle"}, {"middle"}, {"first"}, {"middle"}, {"last"}]
     assert positions(layers[:2]) == [{"first"}, {"last"}]
+
+
+class Packed(nn.Module):
+    """A sequence of which only so many places are real; one weight is used in both layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(10, 8, 2, batch_first=True)
+        self.rnn.weight_hh_l1 = self.rnn.weight_hh_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((len(x),), 4)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.rnn(packed)[1][0][-1]
+
+
+def test_products_of_packed_sequences_and_of_a_weight_of_two_layers():
+    found = find_layers(Packed().eval(), lambda m: m(SERIES))
+    assert {spec.name: spec.macs for spec in found.layers} == {
+        "rnn.weight_ih_l0": 4 * 32 * 10,
+        "rnn.weight_hh_l0": 2 * 4 * 32 * 8,
+        "rnn.weight_ih_l1": 4 * 32 * 8,
+    }
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Takes one input, and makes the others of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x[..., :7], x[..., :5])[0]
+
+
+def test_an_attention_of_one_input_is_no_reason_to_stop():
+    model = nn.Sequential(SelfAttention(10, 2, kdim=7, vdim=5, batch_first=True), nn.Linear(10, 2)).eval()
+    found = find_layers(model, lambda m: m(SERIES))
+    assert {spec.name for spec in found.layers if not spec.seen} == {
+        f"0.{which}_proj_weight" for which in ("q", "k", "v")
+    }
+
+
+class TwoNorms(nn.Module):
+    """One table, of which a second reader changes the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Embedding(40, 8), nn.Embedding(40, 8, max_norm=1.0), nn.Linear(8, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.a(tokens) + self.b(tokens))
+
+
+def test_a_table_that_any_reader_changes_is_kept():
+    found = find_layers(TwoNorms().eval(), lambda m: m(TOKENS))
+    assert [spec.name for spec in found.layers] == ["out"]
+    assert "max_norm" in next(kept.reason for kept in found.kept if kept.name == "a.weight")
+
+
+def test_infomax_is_of_a_layer_whose_inputs_are_seen():
+    bench = Workbench(word_task())
+    layers = {spec.name: LayerPlan(bits=4) for spec in bench.layers}
+    *_, last = run_trial(bench, Plan(layers, Recipe(1.0, 1e-3, 0.0, infomax=0.1)), Budget((0.0, 1.0)))
+    assert last.measurement.epoch == 1.0
+    task = replace(word_task(), model=nn.EmbeddingBag(60, 3, mode="sum").eval())
+    bench = Workbench(task)
+    source = {"version": 1, "layers": [{"bits": 4}], "recipe": {"infomax": [0.1, 0.2]}}
+    with pytest.raises(SpaceError, match=r"sets infomax \(0.15\), which needs a linear layer or a convolution"):
+        check_space(load_space(source, bench.layers), bench)
+
+
+def test_bits_of_inputs_are_those_of_layers_that_have_some():
+    bench = Workbench(word_task())
+    plan = Plan({s.name: LayerPlan(bits=4, activation_bits=8 if s.seen else 32) for s in bench.layers})
+    record = SimpleNamespace(layers=bench.layers)
+    assert report.plan_summary(record, plan) == "4.0 bits, inputs 8.0 bits"

@@ -39,6 +39,7 @@ WHOLE = {
     "parameter": "a matrix of the model's own",
 }
 """Why layers of a kind have no factors, and their inputs are not looked at."""
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 FEWEST = 256
 """Elements from which a matrix of the model's own is worth knobs of its own."""
@@ -146,6 +147,8 @@ def _layer(sites: Sequence[_Site]) -> LayerSpec | str:
         return "buffer"
     home = next((s for s in sites if s.attribute == "weight" and is_layer(s.module)), first)
     kind, reason = _kind_of(home, tensor)
+    if any(getattr(s.module, "max_norm", None) is not None for s in sites if isinstance(s.module, _TABLES)):
+        return "embedding table that is normalised in each call (max_norm)"
     if not kind:
         return reason
     if not tensor.is_floating_point():
@@ -190,8 +193,6 @@ def _kind_of(site: _Site, tensor: torch.Tensor) -> tuple[str, str]:
     if isinstance(module, NORMS):
         return "", f"{site.attribute} of {owner}"
     kind = next((kind for base, kind in KINDS.items() if isinstance(module, base)), "parameter")
-    if kind == "embedding" and module.max_norm is not None:
-        return "", "embedding table that is normalised in each call (max_norm)"
     if kind != "parameter" and _names_weight(site.attribute, kind) and tensor.dim() > 1:
         return kind, ""
     if kind not in PARAMETERS and "weight" not in module._parameters:
@@ -247,9 +248,11 @@ def _count_macs(model: nn.Module, layers: Sequence[LayerSpec], call: Callable[[n
     probe.register_forward_pre_hook(note_examples, with_kwargs=True)
 
     for spec in layers:
-        users = {id(modules[path]): modules[path] for path in spec.modules}
-        for module in users.values():
-            module.register_forward_hook(count(spec), with_kwargs=True)
+        keys = (spec.name, *spec.shared_with)
+        leaves = [key.rpartition(".")[2] if spec.kind in PARAMETERS else "" for key in keys]
+        uses = {(id(modules[path]), leaf): path for path, leaf in zip(spec.modules, leaves, strict=True)}
+        for path in uses.values():
+            modules[path].register_forward_hook(count(spec), with_kwargs=True)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         call(probe)
     return {name: count // max(1, examples[0]) for name, count in macs.items()}
