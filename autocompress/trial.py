@@ -25,8 +25,9 @@ from autocompress.compress.estimate import Estimator
 from autocompress.compress.factors import Factoriser
 from autocompress.compress.finetune import Batch, Feed, finetune
 from autocompress.compress.infomax import Tap, last_layer
-from autocompress.compress.layers import Inventory, find_layers, macs_of
+from autocompress.compress.layers import Inventory, find_layers
 from autocompress.compress.lineage import State
+from autocompress.compress.products import macs_of
 from autocompress.compress.ranges import Grids, sample
 from autocompress.compress.recalibrate import BATCHES, recalibrate
 from autocompress.compress.responses import Inputs, gather

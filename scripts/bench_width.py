@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from autocompress.compress.artifact import load
-from autocompress.compress.layers import macs_of
+from autocompress.compress.products import macs_of
 from autocompress.deploy.latency import measure
 from autocompress.plan import LayerPlan, Plan, Recipe, uncompressed
 from autocompress.tasks.batches import evaluate

@@ -14,7 +14,7 @@ from autocompress.cli import main
 from autocompress.codec import container
 from autocompress.codec.tensors import Artifact
 from autocompress.compress import apply, artifact, lowrank, reduced_rank
-from autocompress.compress.layers import macs_of
+from autocompress.compress.products import macs_of
 from autocompress.errors import ArtifactError, PlanError, SpaceError, UsageError
 from autocompress.plan import LayerPlan, Plan, Recipe, check
 from autocompress.search.space import ladder

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autocompress.compress.layers import find_layers, macs_of
+from autocompress.compress.layers import find_layers
+from autocompress.compress.products import macs_of
 from autocompress.errors import TaskError
 from autocompress.plan import LayerPlan, Plan, uncompressed
 

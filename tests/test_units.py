@@ -17,7 +17,7 @@ from autocompress.codec import container
 from autocompress.compress import artifact, order, solve, units
 from autocompress.compress.apply import compress
 from autocompress.compress.finetune import finetune
-from autocompress.compress.layers import macs_of
+from autocompress.compress.products import macs_of
 from autocompress.compress.prune import kept_mask
 from autocompress.deploy.slim import slimmed
 from autocompress.errors import PlanError, SpaceError
