@@ -333,6 +333,20 @@ def test_a_padding_of_zeros_stays_zero(quantizer, rate):
     assert found.substitutes()["table.weight"][0].any()
 
 
+def test_the_bias_of_scores_has_no_padding():
+    """A tied table's row of zeros is that of a word which the scores' bias makes unlikely."""
+    torch.manual_seed(0)
+    model = Tied().eval()
+    model.table.padding_idx = 3
+    with torch.no_grad():
+        model.table.weight[3] = 0
+        model.out.bias[3] = -5.0
+    found = compressed(model, TOKENS, LayerPlan(bits=5, quantizer="uniform"), Recipe(rate=1.0))
+    values = found.substitutes()
+    assert not values["table.weight"][3].any()
+    assert float(values["out.bias"][3]) == pytest.approx(-5, abs=0.1)
+
+
 class Own(nn.Module):
     """Matrices with names that mean something elsewhere."""
 

@@ -241,9 +241,9 @@ def _codes(
     learned: dict[str, Mapping[str, Tensor]] = {
         key: {} if start is None else _learned(start, plan, spec.name, moved) for key, spec in keys.items()
     }
-    rows = {key: kept.rows[spec.name] for key, spec in _last(keys) if spec.name in kept.rows}
-    for key, stays in _padding(module).items():
-        rows[key] = stays & rows[key].to(stays.device) if key in rows else stays
+    units = {key: kept.rows[spec.name] for key, spec in _last(keys) if spec.name in kept.rows}
+    padding = _padding(module)
+    rows = units | {key: stays & units[key].to(stays) if key in units else stays for key, stays in padding.items()}
     tables = frozenset(key for key, spec in keys.items() if spec.kind in LOOKED_UP)
     plans = {key: plan.layers[spec.name] for key, spec in keys.items()}
     plans = {key: layer for key, layer in plans.items() if layer != LayerPlan()}
@@ -258,7 +258,7 @@ def _codes(
     codes: dict[str, Code | RatedCode] = {}
     for key, layer in plans.items():
         if is_rated(plan, layer) and bias_beside(key) not in keys:
-            codes |= _rated_bias(module, key, learned[key], rows.get(key))
+            codes |= _rated_bias(module, key, learned[key], units.get(key))
         if key not in looked_at:
             codes[key] = _code(module, by_key, key, learned[key], rows=rows, tables=tables)
     if looked_at:
