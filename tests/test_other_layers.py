@@ -230,6 +230,30 @@ def test_a_recurrent_layer_is_as_before_after_a_call_that_fails():
     copy.deepcopy(found.module)
 
 
+class Flattening(nn.LSTM):
+    """Moves its weights before each call, as many models on CUDA do."""
+
+    moved = 0
+
+    def flatten_parameters(self) -> None:
+        Flattening.moved += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.flatten_parameters()
+        return super().forward(x)[0]
+
+
+def test_a_recurrent_layer_moves_no_substitutes():
+    torch.manual_seed(0)
+    model = nn.Sequential(Flattening(10, 8, batch_first=True)).eval()
+    found = compressed(model, SERIES, LayerPlan(bits=2))
+    Flattening.moved = 0
+    outputs = apply.call_with(found.module, found.substitutes(), SERIES)
+    assert Flattening.moved == 0
+    assert not torch.equal(found.module(SERIES), outputs)
+    assert Flattening.moved > 0
+
+
 @pytest.mark.parametrize("rate", [0.0, 2.0])
 def test_biases_beside_them_are_short(rate):
     """In bfloat16, or coded under a rate, as those beside linear layers are."""

@@ -603,10 +603,17 @@ def call_with(module: nn.Module, substitutes: Mapping[str, Tensor], inputs: Any)
 
 @contextmanager
 def _lists_held(module: nn.Module) -> Iterator[None]:
-    """Recurrent layers keep a list of the weights of their last call: substitutes left there could not be copied."""
+    """Recurrent layers keep a list of the weights of their last call: substitutes left there could not be copied.
+
+    Nor do they move substitutes into one piece of memory, as they do with their weights on CUDA: these are results of
+    other operations, whose gradients would be lost.
+    """
     held = [(part, part._flat_weights) for part in module.modules() if isinstance(part, nn.RNNBase)]
+    for part, _ in held:
+        part.__dict__["flatten_parameters"] = lambda: None
     try:
         yield
     finally:
         for part, weights in held:
+            del part.__dict__["flatten_parameters"]
             part._flat_weights = weights
