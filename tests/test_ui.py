@@ -26,9 +26,10 @@ TRIALS = 40
 PATIENCE_S = 90
 
 SERVE = """
-import sys
+import signal, sys
 from pathlib import Path
 from autocompress.tracking import serve
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
 uri, root, port, path = sys.argv[1:]
 try:
     serve(uri, Path(root), int(port), path, lambda link: print(link, flush=True))
