@@ -235,8 +235,8 @@ def filling(
         return max(least, min(most, (left / math.ceil(trials / workers) - fixed) / epoch))
 
     if free:
-        fewest = max(1 + workers * STEPS, lasting(LEAST_STEPS / bench.steps_per_epoch))
-        trials = max(lasting(most), min(trials, fewest))
+        whole = max(1 + workers * STEPS, lasting(LEAST_STEPS / bench.steps_per_epoch))
+        trials = max(lasting(most), min(trials, whole))
     return trials, within(trials)
 
 

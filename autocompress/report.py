@@ -82,9 +82,9 @@ def plan_summary(record: StudyRecord, plan: Plan) -> str:
         parts.append(f"width {100 * mean({name: layer.width for name, layer in plan.layers.items()}):.0f} %")
     if any(layer.threshold for layer in plan.layers.values()):
         parts.append(f"< {mean({name: layer.threshold for name, layer in plan.layers.items()}):.1f} std")
-    if any(layer.activation_bits != LayerPlan.activation_bits for layer in plan.layers.values()):
-        bits = {name: layer.activation_bits for name, layer in plan.layers.items() if specs[name].seen}
-        parts.append(f"inputs {mean(bits):.1f} bits")
+    inputs = {name: layer.activation_bits for name, layer in plan.layers.items() if specs[name].seen}
+    if any(bits != LayerPlan.activation_bits for bits in inputs.values()):
+        parts.append(f"inputs {mean(inputs):.1f} bits")
     if plan.recipe.rate:
         parts.append(f"rate {plan.recipe.rate:.2g}")
     if plan.recipe.infomax:
